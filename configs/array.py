@@ -1,0 +1,27 @@
+"""Training directly on an array of activations, float16 or float32 [n, d] in a .npy file.
+
+    python -m experiments.train --config=configs/array.py:path=acts.npy,experts=16,latents=4096
+
+The last 5 % of the rows are held out. Without a language model there is no delta CE.
+"""
+
+from scale_sae_jax.config import ActivationsConfig, Config, parse_arg, to_config_dict
+from scale_sae_jax.sae.presets import preset
+
+
+def get_config(arg=""):
+    arg = parse_arg(
+        arg, path="", l0=32, experts=16, active=0, latents=4096, preset="paper", seed=0
+    )
+    sae = preset(
+        arg.preset, latents=arg.latents, experts=arg.experts, active=arg.active, k=arg.l0
+    )
+    return to_config_dict(
+        Config(
+            seed=arg.seed,
+            steps=2000,
+            batch_size=2048,
+            activations=ActivationsConfig(path=arg.path),
+            sae=sae,
+        )
+    )

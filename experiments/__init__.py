@@ -1,0 +1,1 @@
+"""Commands. Each module is `python -m experiments.NAME --help`."""

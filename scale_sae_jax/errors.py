@@ -1,0 +1,12 @@
+"""The one exception for a user's mistake."""
+
+
+class UserError(Exception):
+    """Bad input, told in one line: what is wrong, where, and what to do.
+
+    The commands in `experiments/` print the line and exit with status 2; a traceback is for our
+    mistakes, never for the user's.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))

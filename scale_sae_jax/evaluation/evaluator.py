@@ -1,0 +1,283 @@
+"""The evaluator: one pass over held-out batches, then every key of the results in one flat dict.
+
+A batch costs one call of a jitted function, and one more for the language model; the host keeps
+float64 sums per document and a few integers per token.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.evaluation import experts, reconstruction, redundancy, sparsity, splice
+from scale_sae_jax.evaluation.bootstrap import (
+    interval,
+    merge_documents,
+    ratio,
+    resample,
+    sum_by_document,
+)
+from scale_sae_jax.evaluation.flops import forward_flops
+
+WITH_INTERVAL = ("mse", "fvu", "delta_ce", "l0")
+TRAINING_KEYS = ("tokens_seen", "train_seconds", "tokens_per_second")
+
+
+@runtime_checkable
+class SparseAutoencoder(Protocol):
+    """What the evaluator asks of an autoencoder, of whatever architecture."""
+
+    width: int
+    latents: int
+    experts: int
+    active: int
+    k: int
+
+    def encode(self, params: PyTree, x: Array) -> Any: ...
+    def decode(self, params: PyTree, codes: Any) -> Array: ...
+    def route(self, params: PyTree, x: Array) -> Any: ...
+    def decoder(self, params: PyTree) -> Array: ...
+    def n_params(self, params: PyTree) -> int: ...
+
+
+@runtime_checkable
+class SplicedModel(Protocol):
+    """What it asks of a language model."""
+
+    params: PyTree
+    vocab: int
+
+    def run_from(self, params: PyTree, hidden: Array, segments: Array, layer: int) -> Array: ...
+
+
+class EvalBatch(NamedTuple):
+    """B rows of S held-out tokens. Rows of a plain array of activations come with S = 1."""
+
+    x: Array | np.ndarray  # [B, S, D] float32 activations
+    tokens: np.ndarray | None  # [B, S] int32 token ids, None for an array of activations
+    segments: np.ndarray  # [B, S] int32: 0 padding, equal numbers one piece of a document
+    documents: np.ndarray  # [B, S] int64 document, -1 padding; blocks of rows of an array
+    scored: np.ndarray  # [B, S] bool: counts unless it is an outlier
+    real: np.ndarray  # [B, S] bool: not padding
+
+
+class TokenTerms(NamedTuple):
+    """Terms that are summed per document beside those of the splice, arrays of one shape."""
+
+    reconstruction: reconstruction.ReconstructionTerms
+    l0: Array | np.ndarray
+    router_entropy: Array | np.ndarray  # nats
+
+
+class BatchResult(NamedTuple):
+    """What the device computes from one batch without the language model."""
+
+    reconstructed: Array  # [B, S, D]
+    kept: Array  # [B, S] scored and no outlier
+    terms: TokenTerms  # [B, S] each
+    experts: Array  # [B, S, e]
+    firing: Array  # [M] kept tokens that each latent fires for
+
+
+def measure(
+    sae: SparseAutoencoder,
+    params: PyTree,
+    x: Float[Array, "B S D"],
+    scored: Bool[Array, "B S"],
+    real: Bool[Array, "B S"],
+    mean: Float[Array, " D"],
+    max_norm: Float[Array, ""],
+) -> BatchResult:
+    """Encodes and decodes one batch; scored tokens with a norm over `max_norm` are not kept."""
+    flat = x.reshape(-1, x.shape[-1])
+    codes, routing = sae.encode(params, flat), sae.route(params, flat)
+    reconstructed = sae.decode(params, codes).reshape(x.shape)
+    kept = scored & (jnp.linalg.norm(x, axis=-1) <= max_norm)
+    fired = (codes.values != 0) & kept.reshape(-1, 1)
+    entropy = jax.scipy.special.entr(routing.probs).sum(axis=-1).reshape(kept.shape)
+    terms = TokenTerms(
+        reconstruction=reconstruction.token_terms(x, reconstructed, mean, kept, real),
+        l0=fired.sum(axis=-1).reshape(kept.shape),
+        router_entropy=jnp.where(kept, entropy, 0.0),
+    )
+    return BatchResult(
+        reconstructed=reconstructed,
+        kept=kept,
+        terms=terms,
+        experts=routing.experts.reshape(*kept.shape, -1),
+        firing=sparsity.firing_counts(codes.ids, fired, sae.latents),
+    )
+
+
+def measure_splice(
+    lm: SplicedModel,
+    layer: int,
+    lm_params: PyTree,
+    mean: Float[Array, " D"],
+    inputs: splice.SpliceInputs,
+) -> splice.SpliceTerms:
+    """Terms [B, S] of the language model run on from the output of block `layer`."""
+
+    def run_on(hidden: Array, segments: Array) -> Array:
+        return lm.run_from(lm_params, hidden, segments, layer)
+
+    return splice.token_terms_by_rows(run_on, mean, inputs, lm.vocab)
+
+
+def count_tokens(batch: EvalBatch, kept: Bool[np.ndarray, "B S"]) -> dict[str, int]:
+    """Real tokens by what became of them: the first four add up to the fifth.
+
+    `eval_position_0` counts excluded tokens at the start of a segment, `eval_special` all other
+    excluded ones.
+    """
+    starts = np.diff(batch.segments, axis=1, prepend=0) != 0
+    excluded = batch.real & ~batch.scored
+    return {
+        "eval_tokens": int(kept.sum()),
+        "eval_outliers": int((batch.scored & ~kept).sum()),
+        "eval_position_0": int((excluded & starts).sum()),
+        "eval_special": int((excluded & ~starts).sum()),
+        "eval_tokens_all": int(batch.real.sum()),
+    }
+
+
+def cost_metrics(
+    sae: SparseAutoencoder, params: PyTree, sparse_decoder: bool
+) -> dict[str, int]:
+    """Compute and size of the autoencoder."""
+    flops = forward_flops(
+        sae.width, sae.latents, sae.experts, sae.active, sae.k, sparse_decoder=sparse_decoder
+    )
+    return {
+        "flops_per_token": flops.total,
+        "flops_encoder": flops.encoder,
+        "flops_router": flops.router,
+        "flops_decoder": flops.decoder,
+        "active_width": sae.active * (sae.latents // sae.experts),
+        "total_width": sae.latents,
+        "params": sae.n_params(params),
+    }
+
+
+def sum_metrics(sums: tuple[TokenTerms, splice.SpliceTerms]) -> dict[str, np.ndarray]:
+    """Every metric that is a function of sums over tokens, of the shape of the sums."""
+    terms, spliced = sums
+    tokens = terms.reconstruction.tokens
+    return {
+        **reconstruction.reconstruction_metrics(terms.reconstruction),
+        "l0": ratio(terms.l0, tokens),
+        **splice.splice_metrics(spliced),
+        "router_entropy": ratio(terms.router_entropy, tokens),
+    }
+
+
+def json_value(value: Any) -> float | int | list | str | None:
+    """A value as JSON holds it: NumPy scalars as numbers, undefined (not finite) ones as None."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def evaluate(
+    sae: SparseAutoencoder,
+    params: PyTree,
+    batches: Iterable[EvalBatch],
+    *,
+    mean: Float[np.ndarray | Array, " D"],
+    median_norm: float,
+    max_norm_ratio: float,
+    lm: SplicedModel | None = None,
+    layer: int | None = None,
+    training: Mapping[str, float | int | None],
+    bootstrap: int = 1000,
+    seed: int = 0,
+    sparse_decoder: bool = True,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, float | int | list | str | None]:
+    """Measures an autoencoder on held-out activations.
+
+    Sparsity, routing, redundancy and all metrics without `_all` look at tokens that are scored and
+    no outliers. A key that cannot be defined is None.
+
+    Args:
+      sae: the autoencoder; `params` are its parameters.
+      batches: held-out batches, all of one shape if they are to compile once.
+      mean: mean activation of the training stream.
+      median_norm: median activation norm of the training stream.
+      max_norm_ratio: tokens over this multiple of it are outliers; 0 means there are none.
+      lm: the language model to splice into, None if there is none (an array of activations).
+      layer: 0-based block whose output the activations are; needed with `lm`.
+      training: `tokens_seen`, `train_seconds`, `tokens_per_second`, copied into the result.
+      bootstrap: resamplings of the documents for the 95 % intervals; 0 for none.
+      seed: of the resampling and of the shuffle for `expert_mi_null`.
+      sparse_decoder: whether the decoder reads only the rows it needs, for the FLOPs.
+      progress: called after each batch with its number of real tokens (`tqdm.update` fits).
+
+    Raises:
+      UserError: if no token is left to evaluate.
+    """
+    mean = np.asarray(mean, np.float32)
+    max_norm = np.float32(max_norm_ratio * median_norm if max_norm_ratio > 0 else np.inf)
+    run = jax.jit(partial(measure, sae))
+    run_splice = jax.jit(partial(measure_splice, lm, layer))
+
+    parts, counts, firing = [], Counter(), np.zeros(sae.latents, np.int64)
+    l0, selected, token_ids = [], [], []  # of each kept token
+    for batch in batches:
+        result = run(params, batch.x, batch.scored, batch.real, mean, max_norm)
+        if lm is None:
+            spliced = splice.no_terms(batch.real.shape)
+        else:
+            inputs = splice.SpliceInputs(
+                x=batch.x,
+                reconstructed=result.reconstructed,
+                tokens=batch.tokens,
+                segments=batch.segments,
+                kept=result.kept,
+                real=batch.real,
+            )
+            spliced = run_splice(lm.params, mean, inputs)
+        kept = np.asarray(result.kept)
+        terms = jax.tree.map(lambda t: np.asarray(t)[batch.real], (result.terms, spliced))
+        parts.append(sum_by_document(batch.documents[batch.real], terms))
+        counts.update(count_tokens(batch, kept))
+        firing += np.asarray(result.firing)
+        l0.append(np.asarray(result.terms.l0)[kept])
+        selected.append(np.asarray(result.experts)[kept])
+        token_ids.append(None if batch.tokens is None else batch.tokens[kept])
+        if progress is not None:
+            progress(int(batch.real.sum()))
+    if not counts["eval_tokens"]:
+        raise UserError(
+            "evaluation: none of the held-out tokens is left after the masks; give more held-out "
+            "text or raise activations.max_norm_ratio"
+        )
+
+    documents, sums = merge_documents(parts)
+    totals = sum_metrics(jax.tree.map(np.sum, sums))
+    draws = sum_metrics(resample(sums, bootstrap, seed))
+    known = all(ids is not None for ids in token_ids)
+    results = {
+        **totals,
+        **{f"{key}_ci95": interval(draws[key]) for key in WITH_INTERVAL},
+        **sparsity.l0_percentiles(np.concatenate(l0)),
+        **sparsity.density_metrics(firing, counts["eval_tokens"]),
+        **redundancy.redundancy_metrics(sae.decoder(params), firing > 0, sae.experts),
+        **experts.expert_metrics(
+            np.concatenate(token_ids) if known else None,
+            np.concatenate(selected),
+            sae.experts,
+            seed,
+        ),
+        **cost_metrics(sae, params, sparse_decoder),
+        **{key: training.get(key) for key in TRAINING_KEYS},
+        **counts,
+        "eval_documents": len(documents),
+    }
+    return {key: json_value(value) for key, value in results.items()}

@@ -1,0 +1,133 @@
+"""How alike decoder directions are: each live latent's largest cosine with another live latent,
+inside its expert and across experts, next to what random directions would give.
+
+The value for random directions is exact, not simulated. Given one direction, its cosines with c
+independent uniform directions are independent, so its largest cosine has the distribution function
+F(t)^c, with F the distribution function of one cosine: (1 + cos) / 2 ~ Beta((D−1)/2, (D−1)/2).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from scipy.special import betainc, xlog1py
+
+from scale_sae_jax.evaluation.bootstrap import ratio
+
+THRESHOLDS = (0.7, 0.8, 0.9)
+
+
+class MaxCosines(NamedTuple):
+    """Largest cosine of each direction with another one; −inf where there is no other."""
+
+    intra: Array  # [n] among directions of the same expert
+    inter: Array  # [n] among directions of other experts
+
+
+@partial(jax.jit, static_argnames="block")
+def max_cosines(
+    directions: Float[Array, "n D"], experts: Int[Array, " n"], block: int = 2048
+) -> MaxCosines:
+    """Largest cosines of n directions of any length, by blocks of the upper triangle.
+
+    Args:
+      directions: decoder rows.
+      experts: expert of each row, >= 0.
+      block: rows a side of a block; the memory needed is a few block² floats.
+    """
+    n, width = directions.shape
+    block = min(block, max(n, 1))
+    blocks = max(-(-n // block), 1)
+
+    def blocked(a: Array, fill: int) -> Array:  # [n, ...] -> [blocks, block, ...]
+        padding = [(0, blocks * block - n)] + [(0, 0)] * (a.ndim - 1)
+        return jnp.pad(a, padding, constant_values=fill).reshape(blocks, block, *a.shape[1:])
+
+    norms = jnp.linalg.norm(directions, axis=-1, keepdims=True)
+    unit = blocked(directions / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny), 0)
+    expert = blocked(experts, -1)
+    index = blocked(jnp.arange(n), -1)
+
+    def visit(best: MaxCosines, pair: tuple[Array, Array]) -> tuple[MaxCosines, None]:
+        i, j = pair
+        cosine = jnp.matmul(unit[i], unit[j].T, precision=jax.lax.Precision.HIGHEST)
+        same = expert[i][:, None] == expert[j]
+        real = (index[i][:, None] >= 0) & (index[j] >= 0)
+        other = index[i][:, None] != index[j]
+        scopes = MaxCosines(intra=real & same & other, inter=real & ~same)
+
+        def update(best: Array, mask: Array) -> Array:
+            values = jnp.where(mask, cosine, -jnp.inf)
+            return best.at[i].max(values.max(axis=1)).at[j].max(values.max(axis=0))
+
+        return jax.tree.map(update, best, scopes), None
+
+    lowest = jnp.full((blocks, block), -jnp.inf, unit.dtype)
+    pairs = tuple(jnp.asarray(side) for side in np.triu_indices(blocks))
+    best, _ = jax.lax.scan(visit, MaxCosines(lowest, lowest), pairs)
+    return jax.tree.map(lambda b: b.reshape(-1)[:n], best)
+
+
+def exceedance(
+    threshold: Float[np.ndarray, "*shape"], others: Int[np.ndarray, "*shape"], width: int
+) -> Float[np.ndarray, "*shape"]:
+    """P(largest cosine of a random direction in R^width with `others` random ones > threshold)."""
+    half = (width - 1) / 2
+    one_exceeds = betainc(half, half, (1 - threshold) / 2)
+    return -np.expm1(xlog1py(others, -one_exceeds))
+
+
+def _summary(
+    best: Float[np.ndarray, " n"], others: Int[np.ndarray, " n"], width: int, suffix: str
+) -> dict[str, float]:
+    """Shares over the thresholds and the mean of `best`, each with its value for random directions.
+
+    Args:
+      best: largest cosine of each live latent; if there are none, every value is NaN.
+      others: how many latents it is the largest of; with none, a latent exceeds no threshold and
+        does not enter the mean.
+      width: model width D.
+      suffix: ends every key, before `_null`.
+    """
+    sizes, latents = np.unique(others[others > 0], return_counts=True)
+    found = best[others > 0].astype(np.float64)
+    summary = {}
+    for threshold in THRESHOLDS:
+        random = exceedance(np.full(sizes.shape, threshold), sizes, width)
+        key = f"redundancy_{threshold}{suffix}"
+        summary[key] = float(ratio(np.sum(best > threshold), best.size))
+        summary[f"{key}_null"] = float(ratio(random @ latents, best.size))
+    grid = np.linspace(-1, 1, 4001)
+    above = exceedance(*np.broadcast_arrays(grid, sizes[:, None]), width)  # [sizes, 4001]
+    expected = np.trapezoid(above, grid, axis=-1) - 1  # E max = −1 + ∫ P(max > t) dt
+    summary[f"max_cosine_mean{suffix}"] = float(ratio(found.sum(), found.size))
+    summary[f"max_cosine_mean{suffix}_null"] = float(ratio(expected @ latents, found.size))
+    return summary
+
+
+def redundancy_metrics(
+    decoder: Float[Array | np.ndarray, "M D"], live: Bool[np.ndarray, " M"], n_experts: int
+) -> dict[str, float]:
+    """Redundancy of the live rows of a decoder whose latent id is expert · (M / N) + latent.
+
+    `redundancy_t` is the share of live latents whose largest cosine exceeds t. `_intra` looks only
+    inside the latent's expert, `_inter` only at other experts. `_null` is the expectation for
+    random directions with as many live latents in each expert. NaN where undefined: `_inter` of a
+    single expert, everything without live latents.
+    """
+    n_latents, width = decoder.shape
+    ids = np.flatnonzero(live)
+    experts = ids // (n_latents // n_experts)  # [n]
+    mates = np.bincount(experts, minlength=n_experts)[experts]  # [n] live latents of the expert
+    best = max_cosines(jnp.asarray(decoder)[ids], jnp.asarray(experts))
+    intra, inter = np.asarray(best.intra), np.asarray(best.inter)
+    strangers = ids.size - mates
+    inter_scope = slice(None) if n_experts > 1 else slice(0)
+    return (
+        _summary(np.maximum(intra, inter), np.full(ids.shape, ids.size - 1), width, "")
+        | _summary(intra, mates - 1, width, "_intra")
+        | _summary(inter[inter_scope], strangers[inter_scope], width, "_inter")
+    )

@@ -1,0 +1,57 @@
+"""Where a named model or tokenizer lies: a local path, an installed distribution, or the hub."""
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+from scale_sae_jax.errors import UserError
+
+PACKAGE = "package:"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def locate(name: str, setting: str, hub_files: tuple[str, ...]) -> Path:
+    """The file or folder behind `name`, fetched from the hub if it is a hub name.
+
+    Args:
+      name: a path, 'package:DISTRIBUTION' for the one .gguf file inside an installed distribution,
+        or a hub name.
+      setting: the config field to name in errors, 'config.lm.path'.
+      hub_files: patterns of the files wanted from the hub.
+
+    Raises UserError if there is nothing, or the hub cannot be reached.
+    """
+    if name.startswith(PACKAGE):
+        return package_file(name.removeprefix(PACKAGE), ".gguf")
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if not _HUB_NAME.fullmatch(name) or name.startswith(".") or path.suffix in (".gguf", ".json"):
+        raise UserError(f"{setting}: there is no file or folder {name}")
+    return _download(name, setting, hub_files)
+
+
+def package_file(distribution: str, ending: str) -> Path:
+    """The one file of an installed distribution whose path ends so; the package is not imported."""
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"{PACKAGE}{distribution} is not installed: pip install --no-deps {distribution}"
+        ) from None
+    found = [Path(str(file.locate())) for file in files if str(file).endswith(ending)]
+    if len(found) != 1 or not found[0].is_file():
+        raise UserError(f"{PACKAGE}{distribution} holds {len(found)} files *{ending}, not one")
+    return found[0]
+
+
+def _download(name: str, setting: str, patterns: tuple[str, ...]) -> Path:
+    import huggingface_hub  # here: it takes long, and local models do without
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # its own, of its HTTP library, of the socket: all mean the same
+        raise UserError(
+            f"{name} is no local folder and cannot be had from the hub ({type(error).__name__}): "
+            f"give a local folder with --{setting}=FOLDER"
+        ) from None

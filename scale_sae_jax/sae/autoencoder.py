@@ -1,0 +1,97 @@
+"""The handle users hold: an architecture's module with `params` as an explicit first argument."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from scale_sae_jax.config import SAEConfig
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.sae.codes import Codes, Routing
+from scale_sae_jax.sae.start import geometric_median
+
+Params = Any  # a pytree of arrays
+AnyArray = Array | np.ndarray
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """A sparse autoencoder of activations with D = `width` coordinates.
+
+    All methods are pure functions of `params` and their arrays, and can be used inside `jax.jit`.
+    Activations are floats [..., D], NumPy or JAX, computed in float32; codes are sparse, see `Codes`.
+    """
+
+    module: nn.Module
+    config: SAEConfig
+    width: int
+
+    @property
+    def experts(self) -> int:
+        return self.config.experts
+
+    @property
+    def active(self) -> int:
+        return self.config.active
+
+    @property
+    def latents(self) -> int:
+        return self.config.latents
+
+    @property
+    def k(self) -> int:
+        return self.config.k
+
+    def init(self, key: Array, first_batch: Float[Array, "T D"] | None = None) -> Params:
+        """Fresh parameters; with `first_batch`, b_dec and b_router start at its geometric median."""
+        params = self.module.init(key, method="decoder")["params"]
+        if first_batch is None:
+            return params
+        centre = geometric_median(first_batch)
+        return params | {name: centre.copy() for name in ("b_dec", "b_router") if name in params}
+
+    def encode(self, params: Params, x: Float[AnyArray, "*T D"]) -> Codes:
+        """Sparse codes of x, K slots each."""
+        codes = self._apply(params, "encode", self._rows(x))
+        return Codes(*(part.reshape(*x.shape[:-1], -1) for part in codes))
+
+    def decode(self, params: Params, codes: Codes) -> Float[Array, "*T D"]:
+        """Activations from codes: b_dec + sum of value * decoder row."""
+        *leading, slots = codes.values.shape
+        rows = Codes(*(jnp.asarray(part).reshape(-1, slots) for part in codes))
+        return self._apply(params, "decode", rows).reshape(*leading, self.width)
+
+    def reconstruct(self, params: Params, x: Float[AnyArray, "*T D"]) -> Float[Array, "*T D"]:
+        """decode(encode(x))."""
+        return self.decode(params, self.encode(params, x))
+
+    def route(self, params: Params, x: Float[AnyArray, "*T D"]) -> Routing:
+        """Router probabilities and the selected experts."""
+        routed = self._apply(params, "route", self._rows(x))
+        return Routing(*(part.reshape(*x.shape[:-1], -1) for part in routed))
+
+    def decoder(self, params: Params) -> Float[Array, "L D"]:
+        """Decoder rows in the order of global latent ids."""
+        return self._apply(params, "decoder")
+
+    def loss(self, params: Params, x: Float[AnyArray, "T D"], dead: Bool[AnyArray, " L"]) -> Any:
+        """The training loss of one batch and its parts; see `Loss` beside the module."""
+        return self._apply(params, "loss", self._rows(x), dead)
+
+    def n_params(self, params: Params) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    def _rows(self, x: Float[AnyArray, "*T D"]) -> Float[Array, "T D"]:
+        """x as float32 [T, D]; raises UserError when D is not the autoencoder's width."""
+        if x.shape[-1] != self.width:
+            raise UserError(
+                f"activations have {x.shape[-1]} coordinates, this autoencoder takes {self.width}"
+            )
+        return jnp.asarray(x, jnp.float32).reshape(-1, self.width)
+
+    def _apply(self, params: Params, method: str, *args: Any) -> Any:
+        return self.module.apply({"params": params}, *args, method=method)

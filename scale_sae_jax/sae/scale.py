@@ -1,0 +1,174 @@
+"""The many-expert autoencoder: Scale SAE, and Switch SAE as one of its settings.
+
+The module holds parameters and calls the pure functions of its neighbours, in the order of the
+paper: route, encode with the selected experts, scale features, gate, select, decode.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from scale_sae_jax.config import SAEConfig
+from scale_sae_jax.sae import losses, routing, scaling, selection, start
+from scale_sae_jax.sae.codes import Codes, Routing
+from scale_sae_jax.sae.decoding import decode_rows
+from scale_sae_jax.sae.experts import selected_products
+
+
+class Loss(NamedTuple):
+    """What one batch yields: the terms of the loss, and what the training step keeps count of.
+
+    total = mse + weighted load_balance + weighted auxk. threshold: smallest surviving value, the
+    running mean of which is the inference threshold of topk_scope 'batch'.
+    """
+
+    total: Float[Array, ""]
+    mse: Float[Array, ""]
+    load_balance: Float[Array, ""]
+    auxk: Float[Array, ""]
+    codes: Codes
+    expert_load: Float[Array, " N"]
+    threshold: Float[Array, ""]
+
+
+class ScaleSAE(nn.Module):
+    """Parameters and forward passes (Scale SAE, arXiv 2511.05745, section 3).
+
+    Parameters: w_enc [N, D, M], b_enc [N, M], w_dec [N, M, D], b_dec [D], w_router [D, N],
+    c_router [N], b_router [D] (absent when biases are tied), omega [N] and low_pass [D, D] where
+    feature scaling has them, threshold [] (set by training, not by a gradient) for scope 'batch'.
+    """
+
+    config: SAEConfig
+    width: int
+
+    def setup(self):
+        c, d = self.config, self.width
+        n, m = c.experts, c.latents // c.experts
+        zeros = nn.initializers.zeros
+        self.w_enc = self.param("w_enc", start.uniform_encoder, n, d, m)
+        self.w_dec = self.param(
+            "w_dec", lambda _: start.normalise(self.w_enc.swapaxes(1, 2), c.decoder_norm)
+        )
+        self.b_enc = self.param("b_enc", zeros, (n, m)) if c.encoder_bias else jnp.zeros((n, m))
+        self.b_dec = self.param("b_dec", zeros, (d,))
+        self.w_router = self.param("w_router", nn.initializers.lecun_uniform(), (d, n))
+        self.c_router = self.param("c_router", zeros, (n,))
+        self.b_router = self.b_dec if c.tie_biases else self.param("b_router", zeros, (d,))
+        if c.feature_scaling != "none":
+            self.omega = self.param("omega", zeros, (n,))
+        if c.feature_scaling == "mean_lp":
+            self.low_pass = self.param("low_pass", lambda _: jnp.eye(d))
+        if c.topk_scope == "batch":
+            self.threshold = self.param("threshold", zeros, ())
+
+    def route(self, x: Float[Array, "T D"]) -> Routing:
+        return routing.route(x - self.b_router, self.w_router, self.c_router, self.config.active)
+
+    def acts(self, x: Float[Array, "T D"], routed: Routing) -> Float[Array, "T E M"]:
+        """ReLU((x - b_dec) W^_i + c_i) of the selected experts, before any gate."""
+        c, experts = self.config, routed.experts
+        centred = jax.lax.stop_gradient(x - self.b_dec)
+        pre = selected_products(centred, self.w_enc, experts)
+        if c.feature_scaling != "none":
+            direction = self.low_pass_directions()
+            pre = scaling.scale_features(pre, centred, experts, self.omega, direction)
+        return jax.nn.relu(pre + (self.b_enc + self.centring_bias())[experts])
+
+    def low_pass_directions(self) -> Float[Array, "N D"] | None:
+        kind = self.config.feature_scaling
+        if kind == "mean":
+            return scaling.low_pass(self.w_enc, None)
+        return scaling.low_pass(self.w_enc, self.low_pass) if kind == "mean_lp" else None
+
+    def scaled_encoder(self) -> Float[Array, "N D M"]:
+        """W^: the encoder with feature scaling written out."""
+        if self.config.feature_scaling == "none":
+            return self.w_enc
+        return scaling.scaled_encoder(self.w_enc, self.omega, self.low_pass_directions())
+
+    def centring_bias(self) -> Float[Array, "N M"]:
+        """Zero in value; carries the encoder's gradient to b_dec.
+
+        The big product sees a constant x - b_dec, so its backward pass needs no gradient for its
+        input: what b_dec would have got there is one [N, D] x [N, D, M] product here.
+        """
+        offset = self.b_dec - jax.lax.stop_gradient(self.b_dec)  # [D]
+        return -jnp.einsum("d,ndm->nm", offset, jax.lax.stop_gradient(self.scaled_encoder()))
+
+    def gated(self, acts: Float[Array, "T E M"], routed: Routing) -> Float[Array, "T E M"]:
+        if self.config.gate_at == "output":
+            return acts
+        return acts * routing.gates(routed, self.config.gate)[..., None]
+
+    def weighted(self, codes: Codes, routed: Routing) -> Codes:
+        """Survivors times their expert's gate, where the gate stands at the output."""
+        if self.config.gate_at == "code":
+            return codes
+        gates = routing.gates(routed, self.config.gate)  # [T, E]
+        expert = codes.ids // self.w_enc.shape[2]  # [T, K]
+        belongs = expert[..., None] == routed.experts[:, None, :]  # [T, K, E]
+        return codes._replace(values=codes.values * jnp.where(belongs, gates[:, None], 0).sum(-1))
+
+    def survivors(self, acts: Float[Array, "T E M"], routed: Routing, training: bool) -> Codes:
+        c, experts = self.config, routed.experts
+        if c.topk_scope == "token":
+            return selection.per_token(acts, experts, c.k)
+        if c.topk_scope == "expert":
+            return selection.per_expert(acts, experts, c.k)
+        if training:
+            return selection.per_batch(acts, experts, c.k)
+        return selection.over_threshold(acts, experts, self.threshold)
+
+    def encode(self, x: Float[Array, "T D"]) -> Codes:
+        routed = self.route(x)
+        acts = self.gated(self.acts(x, routed), routed)
+        return self.weighted(self.survivors(acts, routed, training=False), routed)
+
+    def decode(self, codes: Codes) -> Float[Array, "T D"]:
+        return decode_rows(codes.values, codes.ids, self.decoder()) + self.b_dec
+
+    def decoder(self) -> Float[Array, "L D"]:
+        return self.w_dec.reshape(-1, self.width)
+
+    def loss(self, x: Float[Array, "T D"], dead: Bool[Array, " L"]) -> Loss:
+        """mean |x - x^|^2 + alpha d N sum_i f_i P_i (+ AuxK); `dead` [N * M] by global id."""
+        c = self.config
+        routed = self.route(x)
+        acts = self.gated(self.acts(x, routed), routed)
+        survivors = self.survivors(acts, routed, training=True)
+        codes = self.weighted(survivors, routed)
+        residual = x - self.decode(codes)
+        mse = jnp.square(residual).sum(-1).mean()
+        balance = routing.load_balance(routed, self.width, c.load_balance_from)
+        auxk = jnp.zeros(())
+        if c.auxk:
+            auxk = self.auxk(acts, routed, jax.lax.stop_gradient(residual), dead)
+        return Loss(
+            total=mse + c.load_balance * balance + c.auxk_weight * auxk,
+            mse=mse,
+            load_balance=balance,
+            auxk=auxk,
+            codes=codes,
+            expert_load=routing.expert_share(routed, "selected"),
+            threshold=jnp.min(jnp.where(survivors.values > 0, survivors.values, jnp.inf)),
+        )
+
+    def auxk(
+        self,
+        acts: Float[Array, "T E M"],
+        routed: Routing,
+        residual: Float[Array, "T D"],
+        dead: Bool[Array, " L"],
+    ) -> Float[Array, ""]:
+        """mean |r - r^|^2, r^ the residual r rebuilt from dead latents; 0 while none is dead."""
+        slots = min(self.config.auxk_latents or self.width // 2, acts.shape[1] * acts.shape[2])
+
+        def rebuild(decoder: Float[Array, "L D"]) -> Float[Array, ""]:
+            codes = self.weighted(losses.dead_codes(acts, routed.experts, dead, slots), routed)
+            return losses.squared_error(residual, decode_rows(codes.values, codes.ids, decoder))
+
+        return jax.lax.cond(dead.any(), rebuild, lambda _: jnp.zeros(()), self.decoder())

@@ -1,0 +1,1 @@
+"""One jitted step, its optimiser and state, checkpoints, and the loop around them."""

@@ -1,0 +1,64 @@
+"""Checkpoints of the training state: asynchronous, the last few and the best one kept.
+
+Orbax writes each step into `checkpoints/STEP`, complete or not at all.
+"""
+
+from pathlib import Path
+
+from orbax.checkpoint import v1 as ocp
+
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.training.state import TrainState
+
+policies = ocp.training.preservation_policies
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use as a context manager: leaving it waits for pending writes."""
+
+    def __init__(self, folder: Path, keep: int = 1):
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics["fvu"], reverse=True, n=1)
+        keep_policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        self._orbax = ocp.training.Checkpointer(folder.resolve(), preservation_policy=keep_policy)
+        self._pending = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._orbax.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        newest = self._orbax.latest
+        return None if newest is None else newest.step
+
+    @property
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest running FVU, or None."""
+        ranked = [c for c in self._orbax.checkpoints if c.metrics and "fvu" in c.metrics]
+        return min(ranked, key=lambda c: c.metrics["fvu"]).step if ranked else None
+
+    def save(self, state: TrainState) -> None:
+        """Copies the state to the host and writes it in the background."""
+        if self._pending is not None:
+            self._pending.result()
+        step, fvu = int(state.step), float(state.fvu)
+        self._pending = self._orbax.save_async(step, state, force=True, metrics={"fvu": fvu})
+
+    def restore(self, step: int, target: TrainState) -> TrainState:
+        """The state at `step`, laid out as the abstract `target`."""
+        try:
+            return self._orbax.load(step, target)
+        except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise UserError(
+                f"checkpoint {step} cannot be read: {reason[:200]}; "
+                "delete its folder to fall back on an older one"
+            ) from error
+
+    def width(self, step: int) -> int:
+        """D of the stored autoencoder, from the shape of b_dec."""
+        state = self._orbax.metadata(step).metadata
+        return state["params"]["b_dec"].shape[0]

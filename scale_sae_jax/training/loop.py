@@ -1,0 +1,146 @@
+"""The training loop: batches in, one donated state through, records and checkpoints out."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scale_sae_jax.activations.batches import batch_ids
+from scale_sae_jax.config import Config
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.sae.registry import build
+from scale_sae_jax.training import metrics, state
+from scale_sae_jax.training.checkpoints import Checkpoints
+from scale_sae_jax.training.optim import optimiser, schedule
+from scale_sae_jax.training.step import make_step
+
+
+class Activations(Protocol):
+    """Rows of activations: n of them, d coordinates, their mean [D], and rows(ids) [T, D]."""
+
+    n: int
+    d: int
+    mean: np.ndarray
+
+    def rows(self, ids: np.ndarray) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a run ended: steps done, whether all of them, the last record, and the final state."""
+
+    step: int
+    finished: bool
+    last: dict[str, Any]
+    state: state.TrainState
+
+
+def train(
+    config: Config,
+    activations: Activations,
+    workdir: Path,
+    stop: Event,
+    show: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> Summary:
+    """Trains until `config.steps` or until `stop` is set, from the newest checkpoint in `workdir`.
+
+    The batch of a step is a pure function of (seed, step), so a resumed run takes the steps that
+    an uninterrupted one would take, bit for bit. Raises UserError when the loss or the gradient
+    is no longer finite; checkpoints before that step stay.
+    """
+    sae = build(config.sae, activations.d)
+    tx = optimiser(config.optim, config.sae.latents, config.steps, config.sae.decoder_norm)
+    rate = schedule(config.optim, config.sae.latents, config.steps)
+    step_fn = make_step(sae, tx, rate, config.sae.dead_after)
+    mean = jnp.asarray(activations.mean)
+
+    with Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
+        start = checkpoints.latest
+        if start is None:
+            first = activations.rows(batch_ids(config.seed, 0, config.batch_size, activations.n))
+            now = state.create(sae, tx, config.seed, jnp.asarray(first))
+        else:
+            now = checkpoints.restore(start, state.abstract(sae, tx))
+        start = int(now.step)
+        kept = metrics.keep_until(workdir / "metrics.jsonl", start)
+        last = kept[-1] if kept else {}
+        clock = _Clock(start, last.get("seconds", 0.0), config.batch_size)
+        settings = dataclasses.asdict(config) if config.wandb else None
+
+        with metrics.MetricsWriter(workdir, start, settings) as writer:
+            batches = _read_ahead(config, activations, start)
+            for step, x in batches:
+                now, values = step_fn(now, x, mean)
+                finished = step == config.steps
+                stopping = stop.is_set()
+                if step % config.log_every == 0 or step == 1 or finished or stopping:
+                    _refuse_bad(now, checkpoints)
+                    last = {"step": step, **clock.read(step)}
+                    last |= {name: float(value) for name, value in values.items()}
+                    if step % config.log_every == 0 or step == 1 or finished:
+                        writer.write(last)
+                    show(last)
+                due = config.checkpoint_every and step % config.checkpoint_every == 0
+                if due or finished or stopping:
+                    _refuse_bad(now, checkpoints)
+                    checkpoints.save(now)
+                if stopping:
+                    break
+            batches.close()
+    return Summary(int(now.step), int(now.step) >= config.steps, last, now)
+
+
+def _read_ahead(
+    config: Config, activations: Activations, start: int
+) -> Iterator[tuple[int, jax.Array]]:
+    """(step, batch) for the remaining steps; the next batch is read while the device computes."""
+
+    def read(step: int) -> jax.Array:
+        ids = batch_ids(config.seed, step - 1, config.batch_size, activations.n)
+        return jax.device_put(activations.rows(ids))
+
+    if start >= config.steps:
+        return
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        coming = reader.submit(read, start + 1)
+        for step in range(start + 1, config.steps + 1):
+            x = coming.result()
+            if step < config.steps:
+                coming = reader.submit(read, step + 1)
+            yield step, x
+
+
+def _refuse_bad(now: state.TrainState, checkpoints: Checkpoints) -> None:
+    """Raises UserError if any step so far was not finite. Waits for the device."""
+    bad = int(now.bad_step)
+    if bad < 0:
+        return
+    good = checkpoints.latest
+    kept = "there is no checkpoint before it" if good is None else f"checkpoint {good} is kept"
+    raise UserError(
+        f"step {bad + 1}: the loss or its gradient is not finite; {kept}; "
+        "lower --config.optim.lr, or look for bad activations"
+    )
+
+
+class _Clock:
+    """Training time over all sessions of a run, and the speed since the last reading."""
+
+    def __init__(self, step: int, seconds: float, batch_size: int):
+        self._batch_size = batch_size
+        self._begin = time.perf_counter() - seconds
+        self._step, self._seconds = step, seconds
+
+    def read(self, step: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self._begin
+        speed = (step - self._step) * self._batch_size / max(seconds - self._seconds, 1e-9)
+        self._step, self._seconds = step, seconds
+        tokens = step * self._batch_size
+        return {"tokens": tokens, "seconds": seconds, "tokens_per_second": speed}

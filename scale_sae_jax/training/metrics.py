@@ -1,0 +1,66 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, and Weights & Biases if asked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from scale_sae_jax.errors import UserError
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; a last line cut short by a kill is left out."""
+    lines = []
+    if path.exists():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops the lines after `step`, which a resumed run writes again; returns the rest."""
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+    return kept
+
+
+class MetricsWriter:
+    """Writes one record a logging step to every sink. Use as a context manager."""
+
+    def __init__(self, workdir: Path, resumed_step: int, wandb_config: dict | None):
+        self._file = open(workdir / "metrics.jsonl", "a", buffering=1)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step or None)
+        self._wandb = _start_wandb(workdir, wandb_config) if wandb_config is not None else None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """`record` holds `step` and numbers."""
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step":
+                self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(record, step=record["step"])
+
+
+def _start_wandb(workdir: Path, settings: dict):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("config.wandb needs Weights & Biases: pip install wandb") from None
+    return wandb.init(dir=str(workdir), name=workdir.name, config=settings, resume="allow")

@@ -1,0 +1,74 @@
+"""Adam on parameters whose decoder stays normalised.
+
+The decoder moves on the sphere: its gradient loses the component along each row before Adam, and
+the update that Adam proposes is replaced by the step to the normalised point after it.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from scale_sae_jax.config import OptimConfig
+from scale_sae_jax.sae.start import normalise
+
+
+def learning_rate(config: OptimConfig, latents: int) -> float:
+    """The set rate, or the published rule 2e-4 / sqrt(M / 2^14)."""
+    return config.lr or 2e-4 / (latents / 2**14) ** 0.5
+
+
+def schedule(config: OptimConfig, latents: int, steps: int) -> optax.Schedule:
+    """Linear warm-up, constant, then linear to 0 over the last `decay` of the steps."""
+    peak = learning_rate(config, latents)
+    warmup, decay = round(config.warmup * steps), round(config.decay * steps)
+
+    def rate(step):
+        rising = (step + 1) / max(warmup, 1)
+        falling = (steps - step) / max(decay, 1)
+        return peak * jnp.minimum(1.0, jnp.minimum(rising, falling))
+
+    return rate
+
+
+def optimiser(
+    config: OptimConfig, latents: int, steps: int, decoder_norm: str
+) -> optax.GradientTransformation:
+    """Clip by global norm, project the decoder's gradient, Adam, learning rate, renormalise."""
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(
+        clip,
+        optax.masked(tangent(), is_decoder) if decoder_norm != "none" else optax.identity(),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.scale_by_learning_rate(schedule(config, latents, steps)),
+        optax.masked(retract(decoder_norm), is_decoder),
+    )
+
+
+def is_decoder(params: optax.Params) -> optax.Params:
+    """True at the leaves named w_dec."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "w_dec", params)
+
+
+def tangent() -> optax.GradientTransformation:
+    """g - <g, d> d for every row d of the decoder.
+
+    Unit rows lose their radial component exactly. With `decoder_norm='coordinate'` rows are not
+    unit, and this is the raw projection of the published code.
+    """
+
+    def update(updates, params):
+        def project(g, d):
+            return g - (g * d).sum(-1, keepdims=True) * d
+
+        return jax.tree.map(project, updates, params)
+
+    return optax.stateless(update)
+
+
+def retract(norm: str) -> optax.GradientTransformation:
+    """The update that ends on the normalised point: normalise(w + u) - w."""
+
+    def update(updates, params):
+        return jax.tree.map(lambda u, w: normalise(w + u, norm) - w, updates, params)
+
+    return optax.stateless(update)

@@ -1,0 +1,76 @@
+"""One training step, a pure function of the state and a batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from scale_sae_jax.sae.autoencoder import Autoencoder
+from scale_sae_jax.training.state import TrainState
+
+Metrics = dict[str, Float[Array, ""]]
+FVU_DECAY = 0.98  # running mean over about 50 batches
+THRESHOLD_DECAY = 0.99
+
+
+def make_step(
+    sae: Autoencoder, tx: optax.GradientTransformation, rate: optax.Schedule, dead_after: int
+) -> Callable[[TrainState, Array, Array], tuple[TrainState, Metrics]]:
+    """The jitted step (state, x [T, D], mean [D]) -> (state, metrics); the old state is donated.
+
+    `mean` is the mean activation of the training stream, the reference of FVU. `dead_after` is in
+    tokens. Metrics describe the batch before the update: loss and its terms, fvu, l0, dead (share
+    of latents), load_cv (of the selected experts), grad_norm, lr.
+    """
+
+    def step(state: TrainState, x: Array, mean: Array) -> tuple[TrainState, Metrics]:
+        dead = state.since_fired >= dead_after
+
+        def objective(params):
+            loss = sae.loss(params, x, dead)
+            return loss.total, loss
+
+        (total, loss), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        if "threshold" in params:
+            params = params | {"threshold": _follow(state.params["threshold"], loss.threshold)}
+
+        fired = jnp.zeros(sae.latents, bool).at[loss.codes.ids].max(loss.codes.values != 0)
+        tokens = x.shape[0]
+        limit = jnp.iinfo(jnp.int32).max - tokens
+        since_fired = jnp.where(fired, 0, jnp.minimum(state.since_fired, limit) + tokens)
+
+        fvu = loss.mse * tokens / jnp.square(x - mean).sum()
+        grad_norm = optax.tree.norm(grads)
+        bad = ~(jnp.isfinite(total) & jnp.isfinite(grad_norm))
+        metrics = {
+            "loss": total,
+            "mse": loss.mse,
+            "load_balance": loss.load_balance,
+            "auxk": loss.auxk,
+            "fvu": fvu,
+            "l0": (loss.codes.values != 0).sum() / tokens,
+            "dead": dead.mean(),
+            "load_cv": loss.expert_load.std() / loss.expert_load.mean(),
+            "grad_norm": grad_norm,
+            "lr": rate(state.step),
+        }
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            since_fired=since_fired,
+            fvu=FVU_DECAY * state.fvu + (1 - FVU_DECAY) * fvu,
+            bad_step=jnp.where((state.bad_step < 0) & bad, state.step, state.bad_step),
+        )
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _follow(old: Array, new: Array) -> Array:
+    """Running mean of the threshold, from its first value on."""
+    return jnp.where(old == 0, new, THRESHOLD_DECAY * old + (1 - THRESHOLD_DECAY) * new)

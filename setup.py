@@ -1,0 +1,51 @@
+"""Packaging. `pip install .` for the library, `pip install .[test]` to run the tests."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "scale_sae_jax/__init__.py").read_text())[1]
+
+setup(
+    name="scale_sae_jax",
+    version=VERSION,
+    description="Many-expert sparse autoencoders (Scale SAE, Switch SAE) in JAX and Flax",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["scale_sae_jax", "scale_sae_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "datasets>=4.0",
+        "flax>=0.12",
+        "huggingface_hub>=1.0",
+        "jax>=0.10",
+        "jaxtyping>=0.3",
+        "ml_collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12",
+        "pyarrow>=20",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6",
+        "tokenizers>=0.21",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "test": [
+            "beartype>=0.20",
+            "gguf>=0.17",
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "torch>=2.6",
+        ],
+        "plot": ["matplotlib>=3.9"],
+        "wandb": ["wandb"],
+        "gpu": ["jax[cuda12]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+    },
+)

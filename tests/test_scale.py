@@ -1,0 +1,180 @@
+"""The many-expert autoencoder against the dense reference, in value and gradient."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scale_sae_jax.config import CHOICES, SAEConfig
+from scale_sae_jax.sae import build, reference
+from scale_sae_jax.sae.presets import PRESETS, preset
+
+WIDTH = 12
+SMALL = SAEConfig(latents=40, experts=5, active=2, k=6, auxk_latents=4)
+
+
+def random_params(sae, seed=0):
+    """Parameters away from their starting values, so that every option matters."""
+    params = sae.init(jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def setting(config, tokens=24, seed=0):
+    sae = build(config, WIDTH)
+    params = random_params(sae, seed)
+    x = jax.random.normal(jax.random.key(seed + 2), (tokens, WIDTH)) * 2
+    dead = jax.random.bernoulli(jax.random.key(seed + 3), 0.3, (config.latents,))
+    return sae, params, x, dead
+
+
+def dense(codes, latents):
+    out = np.zeros((codes.values.shape[0], latents), np.float32)
+    np.add.at(out, (np.arange(len(out))[:, None], np.asarray(codes.ids)), np.asarray(codes.values))
+    return out
+
+
+def assert_close(a, b, tolerance=1e-5):
+    a, b = np.asarray(a), np.asarray(b)
+    assert np.abs(a - b).max() <= tolerance * max(1e-6, np.abs(b).max())
+
+
+def assert_matches_reference(config, seed=0):
+    sae, params, x, dead = setting(config, seed=seed)
+
+    @jax.jit
+    def ours(p):
+        return jax.value_and_grad(lambda p: sae.loss(p, x, dead).total)(p)
+
+    @jax.jit
+    def theirs(p):
+        return jax.value_and_grad(lambda p: reference.loss(config, p, x, dead))(p)
+
+    loss, grads = ours(params)
+    expected_loss, expected_grads = theirs(params)
+    assert_close(loss, expected_loss)
+    for name in grads:
+        if name != "threshold":
+            assert_close(grads[name], expected_grads[name])
+    expected = reference.forward(config, params, x)
+    assert_close(dense(sae.loss(params, x, dead).codes, config.latents), expected.codes)
+
+
+OPTIONS = [
+    dataclasses.replace(SMALL, **{name.removeprefix("sae."): value})
+    for name, values in CHOICES.items()
+    if name.startswith("sae.")
+    for value in values
+]
+CROSSED = [
+    dataclasses.replace(SMALL, gate=gate, gate_at=at, topk_scope=scope)
+    for gate, at, scope in itertools.product(("renorm", "prob"), ("code",), ("batch", "expert"))
+]
+SWITCHES = [
+    dataclasses.replace(SMALL, **change)
+    for change in (
+        {"encoder_bias": False},
+        {"tie_biases": True},
+        {"auxk": False},
+        {"active": 1},
+        {"active": 5},
+        {"experts": 1, "active": 1},
+        {"k": 16},
+    )
+]
+
+
+@pytest.mark.parametrize("config", OPTIONS + CROSSED + SWITCHES, ids=str)
+def test_option_matches_reference(config):
+    assert_matches_reference(config)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_matches_reference(name):
+    config = preset(name, latents=40, experts=5, active=0, k=6)
+    assert_matches_reference(dataclasses.replace(config, auxk_latents=4))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_decode_encode_is_reconstruct_and_inference_matches_reference(name):
+    config = preset(name, latents=40, experts=5, active=0, k=6)
+    sae, params, x, _ = setting(config)
+    assert_close(sae.reconstruct(params, x), reference.forward(config, params, x).x_hat)
+    stacked = sae.encode(params, x.reshape(2, 12, WIDTH))
+    flat = sae.encode(params, np.asarray(x, np.float16).astype(np.float32))
+    assert stacked.values.shape == (2, 12, 6)
+    assert sae.decode(params, stacked).shape == (2, 12, WIDTH)
+    assert flat.ids.dtype == jnp.int32
+
+
+def test_one_expert_with_weight_one_gets_no_router_gradient():
+    """Why e = 1 fails in the published code, and why gate='prob' does not."""
+    base = dataclasses.replace(SMALL, active=1, load_balance=0.0, auxk=False)
+    norms = {}
+    for gate in CHOICES["sae.gate"]:
+        sae, params, x, dead = setting(dataclasses.replace(base, gate=gate))
+        grads = jax.grad(lambda p: sae.loss(p, x, dead).total)(params)
+        norms[gate] = float(jnp.abs(grads["w_router"]).max())
+    assert norms["prob"] > 1e-2
+    assert all(norms[gate] < 1e-6 for gate in norms if gate != "prob")
+
+
+def test_ties_go_to_the_lower_id_and_never_exceed_k():
+    sae, params, x, dead = setting(SMALL)
+    params = params | {
+        "w_enc": jnp.zeros_like(params["w_enc"]),
+        "b_enc": jnp.ones_like(params["b_enc"]),
+    }
+    codes = sae.encode(params, x)
+    routed = sae.route(params, x)
+    size = SMALL.latents // SMALL.experts
+    expected = np.asarray(routed.experts)[:, :1] * size + np.arange(SMALL.k)
+    assert (np.sort(np.asarray(codes.ids), -1) == expected).all()
+    assert (np.asarray(codes.values) > 0).all()
+
+
+def test_zero_latents_are_not_active():
+    sae, params, x, _ = setting(SMALL)
+    params = params | {"b_enc": jnp.full_like(params["b_enc"], -100.0)}
+    codes = sae.encode(params, x)
+    assert (codes.values == 0).all()
+    assert_close(sae.decode(params, codes), jnp.broadcast_to(params["b_dec"], x.shape))
+
+
+def test_batch_scope_has_a_threshold_at_inference():
+    config = dataclasses.replace(SMALL, topk_scope="batch")
+    sae, params, x, dead = setting(config)
+    loss = sae.loss(params, x, dead)
+    assert int((loss.codes.values != 0).sum()) <= config.k * len(x)
+    params = params | {"threshold": loss.threshold - 1e-6}
+    assert_close(
+        dense(sae.encode(params, x), config.latents), dense(loss.codes, config.latents)
+    )
+    alone = sae.encode(params, x[:1])
+    assert_close(dense(alone, config.latents), dense(loss.codes, config.latents)[:1])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    experts=st.integers(1, 6),
+    size=st.integers(1, 7),
+    tokens=st.integers(1, 9),
+    data=st.data(),
+)
+def test_any_shape_matches_reference(experts, size, tokens, data):
+    active = data.draw(st.integers(1, experts))
+    k = data.draw(st.integers(1, active * size))
+    config = SAEConfig(latents=experts * size, experts=experts, active=active, k=k)
+    sae, params, x, dead = setting(config, tokens=tokens, seed=k)
+    out = sae.loss(params, x, dead)
+    expected = reference.forward(config, params, x)
+    assert_close(dense(out.codes, config.latents), expected.codes, 1e-4)
+    assert_close(out.total, reference.loss(config, params, x, dead), 1e-4)
+    assert int((out.codes.values != 0).sum(-1).max()) <= k

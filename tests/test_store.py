@@ -1,0 +1,201 @@
+"""The store on disk and arrays made by others."""
+
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from scale_sae_jax.activations import store
+from scale_sae_jax.activations.array import CHUNK_ROWS, open_array
+from scale_sae_jax.errors import UserError
+
+D = 6
+
+
+def make_store(folder, dtype="bfloat16", sizes=(5, 3, 4)):
+    """A complete store of normal numbers, and the numbers."""
+    folder.mkdir(exist_ok=True)
+    x = np.random.default_rng(0).normal(size=(sum(sizes), D)).astype(np.float32)
+    bits = x if dtype == "float32" else x.astype(ml_dtypes.bfloat16).view(np.uint16)
+    parts = np.split(bits, np.cumsum(sizes)[:-1])
+    shards = tuple(store.write_shard(folder, i, part) for i, part in enumerate(parts))
+    counts = store.Counts(tokens_seen=20, padding=8, kept=12)
+    manifest = store.Manifest("tiny", {}, "f" * 64, dtype, D, 1.5, counts, shards, complete=True)
+    store.write_array(folder / store.MEAN, x.mean(axis=0))
+    store.write_array(folder / store.DOCUMENTS, np.array([3, 2**64 - 1], np.uint64))
+    store.write_manifest(folder, manifest)
+    return x
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_across_shards(tmp_path, dtype):
+    x = make_store(tmp_path, dtype)
+    opened = store.open_store(tmp_path)
+    ids = np.array([11, 0, 4, 5, 5, 7, 8, 2])
+    expected = x[ids] if dtype == "float32" else x.astype(ml_dtypes.bfloat16)[ids].astype("f4")
+    got = opened.rows(ids)
+    assert got.dtype == np.float32
+    assert (got == expected).all()
+    assert (opened.n, opened.d, opened.median_norm) == (12, D, 1.5)
+    assert (opened.mean == x.mean(axis=0)).all()
+    assert opened.documents().tolist() == [3, 2**64 - 1]
+    assert opened.rows(ids[:0]).shape == (0, D)
+    for bad in ([12], [-1]):
+        with pytest.raises(IndexError):
+            opened.rows(np.array(bad))
+
+
+def test_every_bfloat16_survives():
+    bits = np.arange(2**16, dtype=np.uint16).reshape(-1, 2)
+    expected = bits.view(ml_dtypes.bfloat16).astype(np.float32)
+    got = store.to_float32(bits)
+    assert np.array_equal(got, expected, equal_nan=True)
+    assert (np.signbit(got) == np.signbit(expected)).all()
+
+
+def test_reads_from_many_threads(tmp_path):
+    make_store(tmp_path)
+    opened = store.open_store(tmp_path)
+    ids = [np.random.default_rng(i).integers(0, 12, 50) for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(opened.rows, ids))
+    assert all((a == opened.rows(b)).all() for a, b in zip(together, ids, strict=True))
+
+
+def test_manifest_survives_the_disk(tmp_path):
+    make_store(tmp_path)
+    manifest = store.read_manifest(tmp_path)
+    store.write_manifest(tmp_path, manifest)
+    assert store.read_manifest(tmp_path) == manifest
+    assert not list(tmp_path.glob(".*"))
+
+
+def change_manifest(folder, **changes):
+    path = folder / store.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def append(path):
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def shard(file="shard-00000.npy", rows=12):
+    return [{"file": file, "rows": rows, "sha256": ""}]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: change_manifest(f, complete=False), "did not finish"),
+        (lambda f: change_manifest(f, format=2), "format 2"),
+        (lambda f: change_manifest(f, extra=1), "not a manifest"),
+        (lambda f: change_manifest(f, shards=shard(rows=-12)), "make no sense"),
+        (lambda f: change_manifest(f, shards=shard(file="../shard-00000.npy")), "make no sense"),
+        (lambda f: change_manifest(f, shards=shard()), "not a bfloat16 array"),
+        (lambda f: change_manifest(f, dtype="float64"), "make no sense"),
+        (lambda f: change_manifest(f, d="6"), "make no sense|not a manifest"),
+        (lambda f: change_manifest(f, d=7), "not a bfloat16 array"),
+        (lambda f: (f / store.MANIFEST).write_text("{"), "not a manifest"),
+        (lambda f: (f / store.MANIFEST).write_text("[" * 100_000), "not a manifest"),
+        (lambda f: (f / store.MANIFEST).unlink(), "holds no activations"),
+        (lambda f: (f / "shard-00001.npy").unlink(), "shard-00001.npy is damaged: it is missing"),
+        (lambda f: truncate(f / "shard-00001.npy"), "not a whole .npy file"),
+        (lambda f: append(f / "shard-00001.npy"), "size differs"),
+        (lambda f: np.save(f / "shard-00001.npy", np.array([{}])), "not a whole .npy file"),
+        (lambda f: np.save(f / store.MEAN, np.zeros(2, np.float32)), "not a float32 array of 6"),
+    ],
+)
+def test_a_damaged_store_is_refused(tmp_path, damage, message):
+    make_store(tmp_path)
+    store.open_store(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        store.open_store(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_verify_finds_a_flipped_bit(tmp_path):
+    make_store(tmp_path)
+    path = tmp_path / "shard-00001.npy"
+    store.verify(store.open_store(tmp_path))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="shard-00001.npy is damaged: its checksum"):
+        store.verify(store.open_store(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_array(tmp_path, dtype):
+    n = CHUNK_ROWS + 500
+    x = np.random.default_rng(0).normal(1, 2, size=(n, D)).astype(dtype)
+    np.save(tmp_path / "a.npy", x)
+    train, heldout = open_array(tmp_path / "a.npy", 0.1)
+    assert (train.n, heldout.n, train.d) == (n - int(n * 0.1), int(n * 0.1), D)
+    ids = np.array([0, train.n - 1, 7, 7])
+    assert (train.rows(ids) == x[ids].astype(np.float32)).all()
+    assert train.rows(ids).dtype == np.float32
+    assert (heldout.rows(np.array([0])) == x[train.n].astype(np.float32)).all()
+    exact = x[: train.n].astype(np.float64)
+    assert train.mean == pytest.approx(exact.mean(axis=0), rel=1e-6)
+    assert train.median_norm == pytest.approx(np.median(np.linalg.norm(exact, axis=1)), rel=1e-6)
+    assert (heldout.mean == train.mean).all()
+    with pytest.raises(IndexError):
+        train.rows(np.array([train.n]))
+    np.save(tmp_path / "b.npy", x)
+    assert open_array(tmp_path / "b.npy", 0.2)[0].identity == train.identity
+    x[-1, -1] += 1
+    np.save(tmp_path / "b.npy", x)
+    assert open_array(tmp_path / "b.npy", 0.1)[0].identity != train.identity
+
+
+def bad_row(row, value):
+    x = np.ones((CHUNK_ROWS + 100, 2), np.float32)
+    x[row, 1] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones((10, 2, 2), np.float32), r"shape \(10, 2, 2\)"),
+        (np.ones(10, np.float32), r"must be \[n, d\] float16 or float32"),
+        (np.ones((10, 2)), "float64"),
+        (np.ones((10, 2), ">f4"), ">f4"),
+        (np.ones((10, 2), np.int32), "int32"),
+        (np.ones((10, 0), np.float32), r"shape \(10, 0\)"),
+        (np.asfortranarray(np.ones((10, 2), np.float32)), "Fortran"),
+        (np.array([[{}]]), "not a plain .npy array"),
+        (np.ones((3, 2), np.float32), "leaves 3 to train on and 0 to evaluate"),
+        (bad_row(CHUNK_ROWS + 7, np.nan), f"row {CHUNK_ROWS + 7} holds NaN"),
+        (bad_row(5, -np.inf), "row 5 holds NaN or infinity"),
+    ],
+)
+def test_a_bad_array_is_refused(tmp_path, array, message):
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(UserError, match=message):
+        open_array(tmp_path / "a.npy", 0.1)
+
+
+def test_a_bad_array_file_is_refused(tmp_path):
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "a.npz").write_bytes(b"")
+    messages = {"a.npy": "not a plain", "a.npz": "not a .npy", "b.npy": "file not found"}
+    for name, message in messages.items():
+        with pytest.raises(UserError, match=message):
+            open_array(tmp_path / name, 0.1)
+
+
+def test_counts_that_do_not_fit_the_shards_are_refused(tmp_path):
+    make_store(tmp_path)
+    counts = dataclasses.asdict(store.Counts(kept=11))
+    change_manifest(tmp_path, counts=counts)
+    with pytest.raises(UserError, match="make no sense"):
+        store.open_store(tmp_path)
