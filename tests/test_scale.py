@@ -50,21 +50,21 @@ def assert_matches_reference(config, seed=0):
     sae, params, x, dead = setting(config, seed=seed)
 
     @jax.jit
-    def ours(p):
-        return jax.value_and_grad(lambda p: sae.loss(p, x, dead).total)(p)
+    def both(p):
+        def ours(p):
+            loss = sae.loss(p, x, dead)
+            return loss.total, loss.codes
 
-    @jax.jit
-    def theirs(p):
-        return jax.value_and_grad(lambda p: reference.loss(config, p, x, dead))(p)
+        def theirs(p):
+            return reference.loss(config, p, x, dead), reference.forward(config, p, x).codes
 
-    loss, grads = ours(params)
-    expected_loss, expected_grads = theirs(params)
+        return [jax.value_and_grad(f, has_aux=True)(p) for f in (ours, theirs)]
+
+    ((loss, codes), grads), ((expected_loss, expected_codes), expected_grads) = both(params)
     assert_close(loss, expected_loss)
-    for name in grads:
-        if name != "threshold":
-            assert_close(grads[name], expected_grads[name])
-    expected = reference.forward(config, params, x)
-    assert_close(dense(sae.loss(params, x, dead).codes, config.latents), expected.codes)
+    assert_close(dense(codes, config.latents), expected_codes)
+    for name in set(grads) - {"threshold"}:
+        assert_close(grads[name], expected_grads[name])
 
 
 OPTIONS = [
@@ -106,7 +106,8 @@ def test_preset_matches_reference(name):
 def test_decode_encode_is_reconstruct_and_inference_matches_reference(name):
     config = preset(name, latents=40, experts=5, active=0, k=6)
     sae, params, x, _ = setting(config)
-    assert_close(sae.reconstruct(params, x), reference.forward(config, params, x).x_hat)
+    expected = jax.jit(lambda p: reference.forward(config, p, x).x_hat)(params)
+    assert_close(jax.jit(sae.reconstruct)(params, x), expected)
     stacked = sae.encode(params, x.reshape(2, 12, WIDTH))
     flat = sae.encode(params, np.asarray(x, np.float16).astype(np.float32))
     assert stacked.values.shape == (2, 12, 6)
@@ -120,10 +121,10 @@ def test_one_expert_with_weight_one_gets_no_router_gradient():
     norms = {}
     for gate in CHOICES["sae.gate"]:
         sae, params, x, dead = setting(dataclasses.replace(base, gate=gate))
-        grads = jax.grad(lambda p: sae.loss(p, x, dead).total)(params)
+        grads = jax.jit(jax.grad(lambda p: sae.loss(p, x, dead).total))(params)
         norms[gate] = float(jnp.abs(grads["w_router"]).max())
     assert norms["prob"] > 1e-2
-    assert all(norms[gate] < 1e-6 for gate in norms if gate != "prob")
+    assert all(norms[gate] < 1e-5 * norms["prob"] for gate in norms if gate != "prob")
 
 
 def test_ties_go_to_the_lower_id_and_never_exceed_k():
@@ -161,7 +162,7 @@ def test_batch_scope_has_a_threshold_at_inference():
     assert_close(dense(alone, config.latents), dense(loss.codes, config.latents)[:1])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     experts=st.integers(1, 6),
     size=st.integers(1, 7),
@@ -173,8 +174,13 @@ def test_any_shape_matches_reference(experts, size, tokens, data):
     k = data.draw(st.integers(1, active * size))
     config = SAEConfig(latents=experts * size, experts=experts, active=active, k=k)
     sae, params, x, dead = setting(config, tokens=tokens, seed=k)
-    out = sae.loss(params, x, dead)
-    expected = reference.forward(config, params, x)
-    assert_close(dense(out.codes, config.latents), expected.codes, 1e-4)
-    assert_close(out.total, reference.loss(config, params, x, dead), 1e-4)
+    out, codes, loss = jax.jit(
+        lambda p: (
+            sae.loss(p, x, dead),
+            reference.forward(config, p, x).codes,
+            reference.loss(config, p, x, dead),
+        )
+    )(params)
+    assert_close(dense(out.codes, config.latents), codes, 1e-4)
+    assert_close(out.total, loss, 1e-4)
     assert int((out.codes.values != 0).sum(-1).max()) <= k

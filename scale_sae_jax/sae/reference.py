@@ -84,9 +84,10 @@ def loss(
 
 def _largest(values: Float[Array, "... W"], k: int) -> Bool[Array, "... W"]:
     """Marks the k largest of the last axis; of equal values the first ones."""
-    order = jnp.argsort(-jax.lax.stop_gradient(values), axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1)
-    return rank < k
+    mine, other = values[..., :, None], values[..., None, :]
+    place = jnp.arange(values.shape[-1])
+    beaten_by = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
+    return beaten_by.sum(-1) < k
 
 
 def _gates(kind: str, logits: Array, probs: Array, selected: Array) -> Array:

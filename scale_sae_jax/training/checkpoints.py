@@ -35,6 +35,11 @@ class Checkpoints:
         return None if newest is None else newest.step
 
     @property
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, ascending."""
+        return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+
+    @property
     def best(self) -> int | None:
         """Step of the checkpoint with the lowest running FVU, or None."""
         ranked = [c for c in self._orbax.checkpoints if c.metrics and "fvu" in c.metrics]

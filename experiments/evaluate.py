@@ -1,0 +1,58 @@
+"""Evaluate a trained run again, on its own held-out text or on another one.
+
+    python -m experiments.evaluate --workdir=runs/quickstart
+    python -m experiments.evaluate --workdir=runs/quickstart --config.text.path=OTHER.jsonl
+    python -m experiments.evaluate --workdir=runs/quickstart --config=configs/biomedical.py
+
+Settings start from the run's config.json. A config file takes the place of its text and eval
+sections. Writes eval.json (the last evaluation) and evals/TEXT.json into the folder of the run.
+"""
+
+import dataclasses
+from pathlib import Path
+from threading import Event
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import command_line
+from experiments.console import Bars, table
+from scale_sae_jax import load
+from scale_sae_jax.config import from_config_dict, to_config_dict
+from scale_sae_jax.run import check_sources, evaluate_run, open_sources
+from scale_sae_jax.workdir import read_config
+
+FLAGS = flags.FLAGS
+
+
+def define(argv: list[str]) -> None:
+    """The settings to override are those of --workdir, so that flag is looked for first."""
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_string("step", "latest", "Checkpoint: a step, 'latest' or 'best'.")
+    given = [a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("workdir=")]
+    if any(a.lstrip("-").startswith("config=") for a in argv):
+        command_line.define_config()
+    elif given:
+        settings = to_config_dict(read_config(Path(given[-1])))
+        config_flags.DEFINE_config_dict("config", settings)
+    flags.mark_flag_as_required("workdir")
+
+
+def main() -> None:
+    workdir = Path(FLAGS.workdir)
+    trained, asked = read_config(workdir), from_config_dict(FLAGS.config)
+    config = dataclasses.replace(trained, eval=asked.eval)
+    check_sources(dataclasses.replace(config, text=asked.text))
+    step = int(FLAGS.step) if FLAGS.step.isdigit() else FLAGS.step
+    sae, params = load(workdir, step)
+    bars = Bars()
+    try:
+        sources = open_sources(config, workdir, Event(), bars)
+        results = evaluate_run(config, asked.text, workdir, sources, sae, params, bars)
+    finally:
+        bars.close()
+    print(f"{table(results)}\n  run: {workdir}")
+
+
+if __name__ == "__main__":
+    command_line.start(main, define)

@@ -1,0 +1,229 @@
+"""A whole run, one street: check, harvest, train, evaluate. Commands and scripts call these."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+
+from scale_sae_jax import workdir as folders
+from scale_sae_jax.activations.array import ActivationArray, open_array
+from scale_sae_jax.activations.harvest import harvest
+from scale_sae_jax.activations.store import ActivationStore, open_store
+from scale_sae_jax.config import Config, TextConfig
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.evaluation import pca
+from scale_sae_jax.evaluation.evaluator import EvalBatch, evaluate
+from scale_sae_jax.evaluation.heldout import array_batches, text_batches
+from scale_sae_jax.lm import LanguageModel, inspect_language_model, load_language_model
+from scale_sae_jax.sae.autoencoder import Autoencoder, Params
+from scale_sae_jax.sae.registry import build
+from scale_sae_jax.text.sources import check_text
+from scale_sae_jax.text.splits import heldout_documents
+from scale_sae_jax.training import metrics, state
+from scale_sae_jax.training.checkpoints import Checkpoints
+from scale_sae_jax.training.interrupts import Interrupted
+from scale_sae_jax.training.loop import train
+from scale_sae_jax.training.optim import optimiser
+
+PCA_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where activations come from: a store and its language model, or the two parts of an array."""
+
+    train: ActivationStore | ActivationArray
+    heldout: ActivationArray | None
+    lm: LanguageModel | None
+
+
+class Console:
+    """What a run tells the person who started it. This one says nothing."""
+
+    def note(self, text: str) -> None:
+        """A remark in one line."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """How far `what` has come."""
+
+    def step(self, record: dict[str, Any], total: int) -> None:
+        """A training record."""
+
+
+def check_sources(config: Config) -> None:
+    """Refuses, before any work, what the model, text or array at hand does not allow."""
+    if _is_array(config):
+        return
+    model = inspect_language_model(config.lm)
+    if config.text.context > model.max_context:
+        raise UserError(
+            f"config.text.context = {config.text.context} exceeds the {model.max_context} "
+            f"positions of {config.lm.path}: lower it"
+        )
+    check_text(config.text)
+
+
+def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -> Sources:
+    """The activations to train on, harvested now if the store is not complete.
+
+    Raises Interrupted when `stop` is set during a harvest; complete shards are kept.
+    """
+    if _is_array(config):
+        return Sources(*open_array(config.activations.path, config.text.heldout_fraction), None)
+    lm = load_language_model(config.lm)
+    path = Path(config.activations.path or workdir / "activations")
+
+    def progress(done: int, total: int) -> None:
+        console.progress("harvest", done, total)
+        if stop.is_set():
+            raise Interrupted(f"harvest stopped at {done} of {total} activations")
+
+    harvest(lm, config.text, _resolved(config).activations, config.lm, path, progress)
+    store = open_store(path)
+    if store.manifest.note:
+        console.note(store.manifest.note)
+    return Sources(store, None, lm)
+
+
+def run(config: Config, workdir: Path, stop: Event, console: Console = Console()) -> dict[str, Any]:
+    """Harvests, trains and evaluates; goes on where an earlier call with this folder stopped.
+
+    Returns the contents of eval.json. Raises UserError for a user's mistake, before any work where
+    it can be told by then, and Interrupted when `stop` was set; the same call then resumes.
+    """
+    check_sources(config)
+    build(config.sae, 1)  # an unknown architecture
+    for remark in folders.claim(config, workdir):
+        console.note(remark)
+    sources = open_sources(config, workdir, stop, console)
+    show = lambda record: console.step(record, config.steps)  # noqa: E731
+    summary = train(config, sources.train, workdir, stop, show)
+    if not summary.finished:
+        raise Interrupted(f"training stopped and saved at step {summary.step} of {config.steps}")
+    sae = build(config.sae, sources.train.d)
+    return evaluate_run(config, config.text, workdir, sources, sae, summary.state.params, console)
+
+
+def evaluate_run(
+    config: Config,
+    text: TextConfig,
+    workdir: Path,
+    sources: Sources,
+    sae: Autoencoder,
+    params: Params,
+    console: Console = Console(),
+) -> dict[str, Any]:
+    """Measures a trained autoencoder on held-out text and writes eval.json and evals/TEXT.json.
+
+    Args:
+      text: where to evaluate. On the text trained on, its held-out documents count; of another
+        text all documents do, except those that were trained on.
+    """
+    here = dataclasses.replace(config, text=text)
+    skipped = []
+
+    def batches() -> Iterator[EvalBatch]:
+        skipped.clear()
+        if sources.lm is None:
+            return array_batches(sources.heldout, config.eval.tokens)
+        same = dataclasses.replace(text, max_documents=0, context=0) == dataclasses.replace(
+            config.text, max_documents=0, context=0
+        )
+        documents = heldout_documents(text, sources.train.documents(), same, skipped.append)
+        return text_batches(here, sources.lm, documents)
+
+    # The rows go twice through the evaluator and PCA: kept, so that the model runs once.
+    kept = [batch._replace(x=np.asarray(batch.x)) for batch in batches()]
+    store, ratio = sources.train, config.activations.max_norm_ratio
+    done = 0
+
+    def progress(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        console.progress("evaluate", done, sum(int(b.real.sum()) for b in kept))
+
+    results = evaluate(
+        sae,
+        params,
+        kept,
+        mean=store.mean,
+        median_norm=store.median_norm,
+        max_norm_ratio=ratio,
+        lm=sources.lm,
+        layer=None if sources.lm is None else config.lm.layer,
+        training=_bill(workdir),
+        bootstrap=config.eval.bootstrap,
+        seed=config.eval.seed,
+        progress=progress,
+    )
+    sample = store.rows(np.linspace(0, store.n - 1, min(store.n, PCA_ROWS)).astype(np.int64))
+    max_norm = ratio * store.median_norm if ratio else np.inf
+    directions = pca.components(sample, np.asarray(store.mean), min(config.sae.k, store.d))
+    results["fvu_pca"] = pca.fvu(kept, np.asarray(store.mean), directions, max_norm)
+    results["eval_text"] = config.activations.path if sources.lm is None else text.path
+    results["eval_documents_skipped"] = len(skipped)
+    results["architecture"] = config.sae.architecture
+
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(results["eval_text"])).stem).strip("-")
+    if text.where:
+        name += "-" + re.sub(r"[^A-Za-z0-9]+", "-", text.where).strip("-")
+    (workdir / "evals").mkdir(exist_ok=True)
+    folders.write_json(workdir / "evals" / f"{name}.json", results)
+    folders.write_json(workdir / "eval.json", results)
+    return results
+
+
+def load(path: str | Path, step: int | str = "latest") -> tuple[Autoencoder, Params]:
+    """A trained autoencoder and its parameters from the folder of a run.
+
+    Args:
+      path: the --workdir of a run.
+      step: a checkpoint's step, 'latest', or 'best' (lowest running FVU).
+
+    Raises UserError when the folder holds no run or no such checkpoint.
+    """
+    workdir = Path(path)
+    config = folders.read_config(workdir)
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} has no checkpoints yet: train it to its first one")
+    with Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
+        named = {"latest": checkpoints.latest, "best": checkpoints.best}
+        number = named.get(step, step) if isinstance(step, str) else step
+        if number is None:
+            raise UserError(f"{workdir} has no complete checkpoint: train it to its first one")
+        if number not in checkpoints.steps:
+            have = ", ".join(map(str, checkpoints.steps))
+            raise UserError(f"{workdir} has no checkpoint {step}: there are {have}, latest, best")
+        sae = build(config.sae, checkpoints.width(number))
+        tx = optimiser(config.optim, config.sae.latents, config.steps, config.sae.decoder_norm)
+        restored = checkpoints.restore(number, state.abstract(sae, tx))
+    return sae, restored.params
+
+
+def _is_array(config: Config) -> bool:
+    return config.activations.path.endswith(".npy")
+
+
+def _resolved(config: Config) -> Config:
+    """`activations.tokens` = 0 means as many as the run trains on."""
+    tokens = config.activations.tokens or config.steps * config.batch_size
+    activations = dataclasses.replace(config.activations, tokens=tokens)
+    return dataclasses.replace(config, activations=activations)
+
+
+def _bill(workdir: Path) -> dict[str, float | int | None]:
+    """What training cost, from its last record."""
+    lines = metrics.read_lines(workdir / "metrics.jsonl")
+    if not lines:
+        return {}
+    tokens, seconds = lines[-1]["tokens"], lines[-1]["seconds"]
+    return {
+        "tokens_seen": tokens,
+        "train_seconds": seconds,
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+    }

@@ -1,0 +1,84 @@
+"""The folder of a run: its settings, and what may change when it is resumed.
+
+    config.json  metrics.jsonl  tensorboard/  checkpoints/  activations/  eval.json  evals/
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from scale_sae_jax.config import Config, from_config_dict
+from scale_sae_jax.errors import UserError
+
+# Settings that do not decide what the next step computes from the same state.
+FREE = ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "wandb")
+FREE_SECTIONS = ("eval",)
+# Settings that do, but that a user may well change on purpose when a run goes on.
+ADJUSTABLE = ("optim.lr", "optim.warmup", "optim.decay")
+
+
+def claim(config: Config, workdir: Path) -> list[str]:
+    """Writes config.json, or checks it against that of the run to be resumed.
+
+    Returns remarks on settings that changed and make the rest of the run another one. Raises
+    UserError when the folder holds a run with other settings.
+    """
+    path = workdir / "config.json"
+    remarks = []
+    if path.exists():
+        old, new = _flat(dataclasses.asdict(read_config(workdir))), _flat(dataclasses.asdict(config))
+        for name in new:
+            if old[name] == new[name] or name in FREE or name.split(".")[0] in FREE_SECTIONS:
+                continue
+            if name not in ADJUSTABLE:
+                raise UserError(
+                    f"{workdir} holds a run with config.{name} = {old[name]!r}, not {new[name]!r}: "
+                    "choose another --workdir, or the same settings to resume it"
+                )
+            remarks.append(f"config.{name} changed from {old[name]!r} to {new[name]!r}")
+        if old["steps"] != new["steps"]:
+            remarks.append(f"config.steps changed from {old['steps']} to {new['steps']}: "
+                           "the learning-rate schedule is another one from here on")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, dataclasses.asdict(config))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {workdir}: {error.strerror}; choose another --workdir"
+        ) from None
+    return remarks
+
+
+def read_config(workdir: Path) -> Config:
+    """The settings of a run. Raises UserError if the folder holds none."""
+    return from_config_dict(read_json(workdir / "config.json", "a run: train one first"))
+
+
+def read_json(path: Path, kind: str) -> dict[str, Any]:
+    """A JSON object. Raises UserError saying that the folder of `path` is not `kind`."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}, so it is not the folder of {kind}")
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path} is not valid JSON: restore it or start a new run") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold a JSON object: restore it or start a new run")
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replaces the file whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
