@@ -14,7 +14,6 @@ setup(
     description="Many-expert sparse autoencoders (Scale SAE, Switch SAE) in JAX and Flax",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["scale_sae_jax", "scale_sae_jax.*"]),
     install_requires=[
@@ -41,7 +40,8 @@ setup(
             "gguf>=0.17",
             "hypothesis>=6.100",
             "pytest>=8",
-            "torch>=2.6",
+            "pytest-xdist>=3.6",
+            "torch==2.13.0",
         ],
         "plot": ["matplotlib>=3.9"],
         "wandb": ["wandb"],

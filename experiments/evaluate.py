@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from experiments import command_line
 from experiments.console import Bars, table
 from scale_sae_jax import load
-from scale_sae_jax.config import from_config_dict, to_config_dict
+from scale_sae_jax.config import TextConfig, from_config_dict, to_config_dict
 from scale_sae_jax.run import check_sources, evaluate_run, open_sources
 from scale_sae_jax.workdir import read_config
 
@@ -38,17 +38,28 @@ def define(argv: list[str]) -> None:
     flags.mark_flag_as_required("workdir")
 
 
+def text_asked_for(asked: TextConfig, trained: TextConfig) -> TextConfig:
+    """With another path, what only fits the path trained on is left behind."""
+    if asked.path == trained.path:
+        return asked
+    default = TextConfig()
+    names = ("subset", "split", "field", "where", "heldout_path", "max_documents")
+    left = {n: getattr(default, n) for n in names if getattr(asked, n) == getattr(trained, n)}
+    return dataclasses.replace(asked, **left)
+
+
 def main() -> None:
     workdir = Path(FLAGS.workdir)
     trained, asked = read_config(workdir), from_config_dict(FLAGS.config)
+    text = text_asked_for(asked.text, trained.text)
     config = dataclasses.replace(trained, eval=asked.eval)
-    check_sources(dataclasses.replace(config, text=asked.text))
+    check_sources(dataclasses.replace(config, text=text))
     step = int(FLAGS.step) if FLAGS.step.isdigit() else FLAGS.step
     sae, params = load(workdir, step)
     bars = Bars()
     try:
         sources = open_sources(config, workdir, Event(), bars)
-        results = evaluate_run(config, asked.text, workdir, sources, sae, params, bars)
+        results = evaluate_run(config, text, workdir, sources, sae, params, bars)
     finally:
         bars.close()
     print(f"{table(results)}\n  run: {workdir}")

@@ -1,6 +1,7 @@
 """A whole run, one street: check, harvest, train, evaluate. Commands and scripts call these."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -137,15 +138,17 @@ def evaluate_run(
         documents = heldout_documents(text, sources.train.documents(), same, skipped.append)
         return text_batches(here, sources.lm, documents)
 
-    # The rows go twice through the evaluator and PCA: kept, so that the model runs once.
-    kept = [batch._replace(x=np.asarray(batch.x)) for batch in batches()]
+    # The evaluator and PCA both read them: kept, so that the model runs once.
+    kept, tokens = [], 0
+    for batch in batches():
+        kept.append(batch._replace(x=np.asarray(batch.x)))
+        tokens += int(batch.real.sum())
+        console.progress("held-out activations", tokens, max(tokens, config.eval.tokens))
     store, ratio = sources.train, config.activations.max_norm_ratio
-    done = 0
+    done = itertools.accumulate((int(batch.real.sum()) for batch in kept))
 
-    def progress(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        console.progress("evaluate", done, sum(int(b.real.sum()) for b in kept))
+    def progress(_: int) -> None:
+        console.progress("evaluate", next(done), tokens)
 
     results = evaluate(
         sae,
@@ -169,9 +172,8 @@ def evaluate_run(
     results["eval_documents_skipped"] = len(skipped)
     results["architecture"] = config.sae.architecture
 
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(results["eval_text"])).stem).strip("-")
-    if text.where:
-        name += "-" + re.sub(r"[^A-Za-z0-9]+", "-", text.where).strip("-")
+    words = f"{Path(str(results['eval_text'])).stem} {text.where.replace('!=', ' not ')}"
+    name = re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-")
     (workdir / "evals").mkdir(exist_ok=True)
     folders.write_json(workdir / "evals" / f"{name}.json", results)
     folders.write_json(workdir / "eval.json", results)

@@ -46,7 +46,7 @@ def torch_model(kind, folder, **save):
                 )
             )
         else:
-            rope = LLAMA3 if kind == "llama3" else {"rope_type": "default", "rope_theta": 1e4}
+            rope = LLAMA3 if "llama3" in kind else {"rope_type": "default", "rope_theta": 1e4}
             model = transformers.LlamaForCausalLM(
                 transformers.LlamaConfig(
                     vocab_size=VOCAB,
@@ -57,7 +57,7 @@ def torch_model(kind, folder, **save):
                     num_key_value_heads=2,
                     max_position_embeddings=CONTEXT,
                     rope_parameters=rope,
-                    tie_word_embeddings=kind == "llama",
+                    tie_word_embeddings="untied" not in kind,
                 )
             )
         with torch.no_grad():
@@ -85,7 +85,7 @@ def load(folder, **settings):
         return load_language_model(LMConfig(path=str(folder), **settings))
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama", "llama_untied", "llama3"])
+@pytest.fixture(scope="module", params=["gpt2", "llama", "llama3_untied"])
 def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     return torch_model(request.param, folder), load(folder)
@@ -263,8 +263,9 @@ def test_sharded_over_data_and_model_axes(kind, tmp_path):
     by_row = NamedSharding(mesh, PartitionSpec("data"))
     rows = jax.device_put((tokens, segments), by_row)
     np.testing.assert_allclose(jax.jit(lm.logits)(params, *rows), expected, rtol=1e-4, atol=1e-4)
-    split = [s for s in jax.tree.leaves(specs, is_leaf=lambda s: True) if "model" in s]
-    assert len(split) == (5 if kind == "gpt2" else 9)
+    leaves = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
+    split = [spec for spec in leaves if "model" in spec]
+    assert len(split) == (7 if kind == "gpt2" else 9)
     assert params["blocks"]["down"]["kernel"].addressable_shards[0].data.shape[1] < (
         lm.params["blocks"]["down"]["kernel"].shape[1]
     )
@@ -299,7 +300,7 @@ def test_sizes_that_do_not_fit_name_the_tensor(tmp_path):
     with pytest.raises(UserError, match=r"tensor 'layers\.2\..*no place"):
         load(tmp_path)
     edit_config(tmp_path, num_hidden_layers=LAYERS, intermediate_size=40)
-    with pytest.raises(UserError, match=r"'layers\.0\.mlp\..*shape \(48, 32\)"):
+    with pytest.raises(UserError, match=r"'layers\.0\.mlp\.\w+\.weight' has shape"):
         load(tmp_path)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from scale_sae_jax.config import LMConfig
@@ -23,6 +24,8 @@ from scale_sae_jax.text import tokenizers
 from scale_sae_jax.text.tokenizers import Tokenizer
 
 FAMILIES: Mapping[str, ModuleType] = {"gpt2": gpt2, "llama": llama}
+TokenIds = Int[Array | np.ndarray, "B S"]
+Hidden = Float[Array | np.ndarray, "B S D"]
 _CONFIG_FILES = ("config.json",)
 _MODEL_FILES = (*_CONFIG_FILES, "model*.safetensors", "model.safetensors.index.json")
 
@@ -72,32 +75,32 @@ class LanguageModel:
         return self.module.config.max_context
 
     def run_to(
-        self, params: PyTree, tokens: Int[Array, "B S"], segments: Int[Array, "B S"], layer: int
+        self, params: PyTree, tokens: TokenIds, segments: TokenIds, layer: int
     ) -> Float[Array, "B S D"]:
         """The output of block `layer`; later blocks are not computed."""
         _check_layer(layer, self.layers)
         return self._apply("run_to", params, tokens, segments, layer)
 
     def run_from(
-        self, params: PyTree, hidden: Float[Array, "B S D"], segments: Int[Array, "B S"], layer: int
+        self, params: PyTree, hidden: Hidden, segments: TokenIds, layer: int
     ) -> Float[Array, "B S V"]:
         """Logits, float32, if `hidden` is the output of block `layer`."""
         _check_layer(layer, self.layers)
         return self._apply("run_from", params, hidden, segments, layer)
 
     def hidden_states(
-        self, params: PyTree, tokens: Int[Array, "B S"], segments: Int[Array, "B S"]
+        self, params: PyTree, tokens: TokenIds, segments: TokenIds
     ) -> Float[Array, "L1 B S D"]:
         """L + 1 levels: the embeddings, then the output of every block; the final norm is not applied."""
         return self._apply("hidden_states", params, tokens, segments)
 
     def logits(
-        self, params: PyTree, tokens: Int[Array, "B S"], segments: Int[Array, "B S"]
+        self, params: PyTree, tokens: TokenIds, segments: TokenIds
     ) -> Float[Array, "B S V"]:
         """Next-token logits, float32."""
         return self._apply("__call__", params, tokens, segments)
 
-    def _apply(self, method: str, params: PyTree, inputs: Array, segments: Array, *layer: int):
+    def _apply(self, method: str, params: PyTree, inputs: Any, segments: Any, *layer: int) -> Array:
         if segments.shape[1] > self.max_context:
             raise UserError(
                 f"rows of {segments.shape[1]} tokens exceed the {self.max_context} positions of "
@@ -105,7 +108,8 @@ class LanguageModel:
             )
         full = self.module.dtype == jnp.float32
         with jax.default_matmul_precision("float32" if full else "default"):
-            return self.module.apply({"params": params}, inputs, segments, *layer, method=method)
+            arrays = jnp.asarray(inputs), jnp.asarray(segments)
+            return self.module.apply({"params": params}, *arrays, *layer, method=method)
 
 
 def inspect_language_model(config: LMConfig) -> ModelSummary:
