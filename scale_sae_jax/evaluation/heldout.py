@@ -23,14 +23,14 @@ def text_batches(
 ) -> Iterator[EvalBatch]:
     """Batches of about `config.eval.tokens` real tokens, run to `config.lm.layer`."""
     run_to = jax.jit(lm.run_to, static_argnums=3)
-    text, rows_per_batch = config.text, config.lm.rows_per_batch
-    rows = pack(documents, lm.tokenizer, text.context, text.packing, text.bos)
-    rows = islice(rows, -(-config.eval.tokens // text.context))
+    text = config.text
+    wanted = -(-config.eval.tokens // text.context)
+    rows = islice(pack(documents, lm.tokenizer, text.context, text.packing, text.bos), wanted)
     masks = ActivationsConfig(
         drop_position_0=config.activations.drop_position_0,
         drop_special=config.activations.drop_special,
     )  # padding is never evaluated
-    for batch in row_batches(rows, rows_per_batch):
+    for batch in row_batches(rows, min(config.lm.rows_per_batch, wanted)):
         flags = token_flags(batch.tokens, batch.segments, lm.tokenizer.special_ids)
         yield EvalBatch(
             x=run_to(lm.params, batch.tokens, batch.segments, config.lm.layer),

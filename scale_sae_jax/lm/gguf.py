@@ -22,7 +22,7 @@ from scale_sae_jax.lm.quantised import FORMATS, dequantise
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _STRING, _ARRAY = 8, 9
 # Codes of metadata values, little-endian: unsigned and signed integers, floats, bool.
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _MOST_AXES, _SHORT = 4, 4096
 
 
@@ -43,22 +43,28 @@ class GGUF:
     tensors: dict[str, TensorInfo]
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as float32. Raises UserError if its type is not supported or bytes are missing."""
+        """A tensor as float32. Raises UserError for an unsupported type or missing bytes."""
         shape, kind, start = self.tensors[name]
         form = FORMATS.get(kind)
         if form is None:
             known = ", ".join(form.name for form in FORMATS.values())
             raise UserError(
-                f"{self.path}: tensor '{name}' is of type {kind}, which is not supported: requantise "
-                f"to one of {known}"
+                f"{self.path}: tensor '{name}' is of type {kind}, which is not supported: "
+                f"requantise to one of {known}"
             )
         count = math.prod(shape)
         blocks = count // form.weights
         fits = start + blocks * form.dtype.itemsize <= self.path.stat().st_size
         if not fits or count == 0 or shape[-1] % form.weights:
-            raise UserError(f"{self.path}: tensor '{name}' reaches beyond the file: it is truncated")
+            raise UserError(f"{self.path} is truncated: tensor '{name}' reaches beyond its end")
         packed = np.memmap(self.path, form.dtype, "r", offset=start, shape=(blocks,))
         return dequantise(form, packed).reshape(shape)
+
+    def rows(self, name: str) -> int:
+        """Length of a tensor's first axis. Raises UserError if there is no such tensor."""
+        if name not in self.tensors:
+            raise UserError(f"{self.path} has no tensor '{name}': it is not complete")
+        return self.tensors[name].shape[0]
 
     def readers(self) -> dict[str, Callable[[], np.ndarray]]:
         """A function that reads it, for each tensor."""

@@ -3,7 +3,6 @@
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.lm.attention import attend, segment_positions
 from scale_sae_jax.lm.decoder import Decoder
-from scale_sae_jax.lm.gguf import field
+from scale_sae_jax.lm.gguf import GGUF, field
 from scale_sae_jax.lm.weights import Stored, transpose
 
 HF_PREFIX = "transformer."
@@ -78,7 +77,9 @@ class Model(Decoder):
     def norm(self) -> nn.Module:
         return _layer_norm(self.config, self.dtype)
 
-    def embed(self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    def embed(
+        self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
         return self.embedding[tokens] + self.positions[segment_positions(segments)]
 
 
@@ -133,17 +134,18 @@ def hf_tensors(config: Config) -> dict[str, Stored]:
     return tensors
 
 
-def config_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Config:
+def config_from_gguf(file: GGUF) -> Config:
     """Sizes from the header of a GGUF file. Raises UserError for a missing key."""
+    metadata = file.metadata
     return Config(
         width=field(metadata, "gpt2.embedding_length", int),
         layers=field(metadata, "gpt2.block_count", int),
         heads=field(metadata, "gpt2.attention.head_count", int),
         ffn=field(metadata, "gpt2.feed_forward_length", int),
-        vocab=shapes.get("token_embd.weight", (0,))[0],
+        vocab=file.rows("token_embd.weight"),
         max_context=field(metadata, "gpt2.context_length", int),
         norm_eps=field(metadata, "gpt2.attention.layer_norm_epsilon", float),
-        tied="output.weight" not in shapes,
+        tied="output.weight" not in file.tensors,
     )
 
 

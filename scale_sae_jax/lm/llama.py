@@ -1,6 +1,6 @@
 """The Llama family: rotary positions, RMSNorm, grouped-query attention, SwiGLU, no biases.
 
-Touvron et al. 2023, "LLaMA", section 2.2; rotary embedding: Su et al. 2021, "RoFormer", section 3.2.
+Touvron et al. 2023, "LLaMA", section 2.2; rotary embedding: Su et al. 2021, "RoFormer", 3.2.
 """
 
 import math
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.lm.attention import attend, segment_positions
 from scale_sae_jax.lm.decoder import Decoder
-from scale_sae_jax.lm.gguf import field
+from scale_sae_jax.lm.gguf import GGUF, field
 from scale_sae_jax.lm.weights import Stored, transpose
 
 HF_PREFIX = "model."
@@ -167,19 +167,27 @@ def hf_tensors(config: Config) -> dict[str, Stored]:
     }
 
 
-def config_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Config:
+def config_from_gguf(file: GGUF) -> Config:
     """Sizes from the header of a GGUF file. Raises UserError for a missing key or RoPE scaling."""
+    metadata = file.metadata
     width = field(metadata, "llama.embedding_length", int)
     heads = field(metadata, "llama.attention.head_count", int)
     scaling = field(metadata, "llama.rope.scaling.type", str, "none")
     if scaling != "none":
-        raise UserError(f"RoPE scaling '{scaling}' in a GGUF file is not supported: use another model")
+        raise UserError(f"RoPE scaling '{scaling}' in GGUF is not supported: use another model")
     if "llama.expert_count" in metadata:
         raise UserError("a mixture-of-experts GGUF model is not supported: use a dense Llama")
     head_width = field(metadata, "llama.attention.key_length", int, width // max(heads, 1))
     if field(metadata, "llama.rope.dimension_count", int, head_width) != head_width:
         raise UserError("a GGUF Llama with partial rotary positions is not supported")
     theta = field(metadata, "llama.rope.freq_base", float, 10_000.0)
+    frequencies = _frequencies(head_width, theta)
+    if "rope_freqs.weight" in file.tensors:  # how llama3 scaling is stored: C/2 divisors
+        divisors = file.read("rope_freqs.weight")
+        if divisors.shape != frequencies.shape:
+            shapes = f"{divisors.shape}, not {frequencies.shape}"
+            raise UserError(f"tensor 'rope_freqs.weight' has shape {shapes}")
+        frequencies = frequencies / divisors
     return Config(
         width=width,
         layers=field(metadata, "llama.block_count", int),
@@ -187,11 +195,11 @@ def config_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int
         kv_heads=field(metadata, "llama.attention.head_count_kv", int, heads),
         head_width=head_width,
         ffn=field(metadata, "llama.feed_forward_length", int),
-        vocab=shapes.get("token_embd.weight", (0,))[0],
+        vocab=file.rows("token_embd.weight"),
         max_context=field(metadata, "llama.context_length", int),
         norm_eps=field(metadata, "llama.attention.layer_norm_rms_epsilon", float),
-        frequencies=tuple(_frequencies(head_width, theta).tolist()),
-        tied="output.weight" not in shapes,
+        frequencies=tuple(frequencies.tolist()),
+        tied="output.weight" not in file.tensors,
     )
 
 

@@ -91,7 +91,7 @@ class LanguageModel:
     def hidden_states(
         self, params: PyTree, tokens: TokenIds, segments: TokenIds
     ) -> Float[Array, "L1 B S D"]:
-        """L + 1 levels: the embeddings, then the output of every block; the final norm is not applied."""
+        """L + 1 levels: the embeddings, then each block's output; without the final norm."""
         return self._apply("hidden_states", params, tokens, segments)
 
     def logits(
@@ -174,8 +174,7 @@ def load_tokenizer(config: LMConfig) -> Tokenizer:
 def _gguf_config(gguf: GGUF) -> tuple[str, Any]:
     family = field(gguf.metadata, "general.architecture", str)
     _check_family(family)
-    shapes = {name: info.shape for name, info in gguf.tensors.items()}
-    return family, _positive(FAMILIES[family].config_from_gguf(gguf.metadata, shapes))
+    return family, _positive(FAMILIES[family].config_from_gguf(gguf))
 
 
 def _hf_config(folder: Path) -> tuple[str, Any]:
@@ -189,7 +188,8 @@ def _hf_config(folder: Path) -> tuple[str, Any]:
     except UserError:
         raise
     except Exception as error:  # of many kinds, for values that it cannot make sense of
-        raise UserError(f"{folder / 'config.json'} is not a valid {family} config: {error}") from None
+        file = folder / "config.json"
+        raise UserError(f"{file} is not a valid {family} config: {error}") from None
     return family, _positive(sizes)
 
 
@@ -230,4 +230,6 @@ def _positive(sizes: Any) -> Any:
 
 def _name(name: str, path: Path) -> str:
     """The hub name, or the last part of a path."""
-    return path.stem if path.is_file() else (path.name if Path(name).expanduser().exists() else name)
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if Path(name).expanduser().exists() else name

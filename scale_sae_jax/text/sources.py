@@ -5,10 +5,12 @@ A source yields records (dicts of fields), each with a name that error lines can
 and never more than a piece of a file is held in memory.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import re
 from collections.abc import Iterator
@@ -227,9 +229,10 @@ def _hub_records(config: TextConfig) -> Iterator[_Record]:
 
     name = config.path
     try:
-        records = datasets.load_dataset(
-            name, config.subset or None, split=config.split, streaming=True
-        )
+        with _without_retry_warnings():
+            records = datasets.load_dataset(
+                name, config.subset or None, split=config.split, streaming=True
+            )
         for number, fields in enumerate(records, 1):
             yield _Record(f"{name}:{number}", fields)
     except Exception as error:  # the hub client's errors share no base class
@@ -239,6 +242,18 @@ def _hub_records(config: TextConfig) -> Iterator[_Record]:
             f"the hub: {reason}; check name and network, or give a local file with "
             "--config.text.path=FILE.jsonl"
         ) from None
+
+
+@contextlib.contextmanager
+def _without_retry_warnings() -> Iterator[None]:
+    """Mutes the hub client, which warns of each try; the error after the last one says it all."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _package_records(name: str, field: str) -> Iterator[_Record]:

@@ -110,18 +110,18 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Tokenizer:
             f"the GGUF file's tokenizer '{kind}', '{words}' is not supported: name another with "
             "--config.lm.tokenizer=FOLDER"
         )
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    merges = metadata.get("tokenizer.ggml.merges")
-    types = metadata.get("tokenizer.ggml.token_type")
-    if not tokens or merges is None or types is None or len(types) != len(tokens):
-        raise UserError("the GGUF file's tokenizer is not complete: convert the model again")
+    tokens = _list(metadata, "tokens", str)
+    merges = _list(metadata, "merges", str)
+    types = _list(metadata, "token_type", int)
+    if len(types) != len(tokens):
+        raise UserError("the GGUF file's tokenizer has not one type a token: convert it again")
     backend = _byte_level_bpe(
         {token: index for index, token in enumerate(tokens)}, merges, splitters[words]
     )
     backend.add_special_tokens(_tokens_of_type(tokens, types, _CONTROL, special=True))
     backend.add_tokens(_tokens_of_type(tokens, types, _USER_DEFINED, special=False))
     named = [metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("bos", "eos")]
-    return _tokenizer(backend, named, set(), name)
+    return _tokenizer(backend, [i for i in named if i in range(len(tokens))], set(), name)
 
 
 def gpt2_tokenizer() -> Tokenizer:
@@ -132,6 +132,13 @@ def gpt2_tokenizer() -> Tokenizer:
     backend = _byte_level_bpe(vocab, merges, [pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.add_special_tokens([AddedToken(DOCUMENT_START, special=True, normalized=False)])
     return _tokenizer(backend, [], set(), f"package:{GPT2_PACKAGE}")
+
+
+def _list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    values = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise UserError(f"the GGUF file's tokenizer.ggml.{key} is missing or damaged")
+    return values
 
 
 def _byte_level_bpe(

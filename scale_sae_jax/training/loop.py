@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from scale_sae_jax.training.optim import optimiser, schedule
 from scale_sae_jax.training.step import make_step
 
 
+@runtime_checkable
 class Activations(Protocol):
     """Rows of activations: n of them, d coordinates, their mean [D], and rows(ids) [T, D]."""
 
@@ -138,7 +139,7 @@ class _Clock:
         self._begin = time.perf_counter() - seconds
         self._step, self._seconds = step, seconds
 
-    def read(self, step: int) -> dict[str, float]:
+    def read(self, step: int) -> dict[str, int | float]:
         seconds = time.perf_counter() - self._begin
         speed = (step - self._step) * self._batch_size / max(seconds - self._seconds, 1e-9)
         self._step, self._seconds = step, seconds

@@ -1,8 +1,7 @@
 """Everything a run must carry from one step to the next, as one pytree."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,8 +10,7 @@ from jaxtyping import Array, Float, Int
 from scale_sae_jax.sae.autoencoder import Autoencoder
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(NamedTuple):
     """The state after `step` steps.
 
     since_fired [N * M]: tokens since each latent last fired, saturating at the int32 maximum.

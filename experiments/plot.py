@@ -1,0 +1,57 @@
+"""Draw the training curve of a run: FVU against activations seen, with its held-out yardsticks.
+
+    python -m experiments.plot --workdir=runs/quickstart --output=curve.png
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from experiments import command_line
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.training.metrics import read_lines
+from scale_sae_jax.workdir import read_config, read_json
+
+FLAGS = flags.FLAGS
+
+
+def define(argv: list[str]) -> None:
+    del argv
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_string("output", None, "Picture to write, .png or .svg; WORKDIR/curve.png if not given.")
+    flags.mark_flag_as_required("workdir")
+
+
+def main() -> None:
+    workdir = Path(FLAGS.workdir)
+    config = read_config(workdir)
+    lines = read_lines(workdir / "metrics.jsonl")
+    if not lines:
+        raise UserError(f"{workdir} has no metrics yet: train it first")
+    results = read_json(workdir / "eval.json", "a finished run: train it to the end")
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install '.[plot]'") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([l["tokens"] for l in lines], [l["fvu"] for l in lines], label="training batches")
+    axes.axhline(results["fvu"], color="C1", label=f"held out: {results['fvu']:.3f}")
+    axes.axhline(results["fvu_pca"], color="C2", ls="--",
+                 label=f"PCA of rank {config.sae.k}, held out: {results['fvu_pca']:.3f}")
+    axes.set(xlabel="activations seen", ylabel="FVU", ylim=(0, 1),
+             title=f"{workdir.name}: {config.sae.experts} experts, {config.sae.active} active, "
+                   f"{config.sae.latents} latents, L0 = {config.sae.k}")
+    axes.legend()
+    output = Path(FLAGS.output or workdir / "curve.png")
+    try:
+        figure.savefig(output, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {output}: {error}; choose another --output") from None
+    print(output)
+
+
+if __name__ == "__main__":
+    command_line.start(main, define)

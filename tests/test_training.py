@@ -1,0 +1,253 @@
+"""The training step against NumPy; the loop: resuming, checkpoints, records, the run's folder."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from threading import Event
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import scale_sae_jax
+from scale_sae_jax import workdir as folders
+from scale_sae_jax.activations.batches import batch_ids
+from scale_sae_jax.config import Config, EvalConfig, LMConfig, OptimConfig, SAEConfig, TextConfig
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.sae import build
+from scale_sae_jax.training import metrics, state
+from scale_sae_jax.training.checkpoints import Checkpoints
+from scale_sae_jax.training.loop import train
+from scale_sae_jax.training.optim import optimiser, schedule
+from scale_sae_jax.training.step import THRESHOLD_DECAY, make_step
+
+WIDTH, ROWS, BATCH = 16, 320, 32
+SAE = SAEConfig(latents=64, experts=4, active=2, k=4, auxk_latents=8, load_balance=0.1)
+CONFIG = Config(
+    seed=3,
+    steps=12,
+    batch_size=BATCH,
+    log_every=2,
+    checkpoint_every=5,
+    lm=LMConfig(path="model"),
+    text=TextConfig(path="text.jsonl"),
+    sae=SAE,
+    optim=OptimConfig(lr=3e-3),
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Activations in memory: sums of three of 24 directions."""
+
+    data: np.ndarray
+
+    n = property(lambda self: len(self.data))
+    d = property(lambda self: self.data.shape[1])
+    mean = property(lambda self: np.nan_to_num(self.data).mean(0))
+
+    def rows(self, ids):
+        return self.data[ids]
+
+
+@pytest.fixture(scope="module")
+def activations():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(24, WIDTH))
+    chosen = rng.random((ROWS, 24)).argsort(1)[:, :3]
+    strength = rng.uniform(1, 2, (ROWS, 3, 1))
+    return Rows((features[chosen] * strength).sum(1).astype(np.float32) + 1)
+
+
+def step_of(config, dead_after):
+    """(sae, state, step function) of one setting."""
+    sae = build(config, WIDTH)
+    tx = optimiser(CONFIG.optim, config.latents, 100, config.decoder_norm)
+    rate = schedule(CONFIG.optim, config.latents, 100)
+    return sae, state.create(sae, tx, 0), make_step(sae, tx, rate, dead_after)
+
+
+def leaves(train_state):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(train_state)]
+
+
+def records(folder):
+    timing = ("seconds", "tokens_per_second")
+    lines = metrics.read_lines(folder / "metrics.jsonl")
+    return [{name: v for name, v in line.items() if name not in timing} for line in lines]
+
+
+# One step
+
+
+def test_metrics_of_a_step_by_numpy(activations):
+    sae, now, step = step_of(SAE, dead_after=3 * BATCH)
+    for number in range(5):
+        x = activations.rows(np.arange(number * BATCH, (number + 1) * BATCH))
+        before = jax.tree.map(jnp.copy, now)  # the step donates its state
+        now, values = step(now, jnp.asarray(x), jnp.asarray(activations.mean))
+
+        codes = sae.encode(before.params, x)
+        used, ids = np.asarray(codes.values) != 0, np.asarray(codes.ids)
+        errors = np.square(x - np.asarray(sae.reconstruct(before.params, x))).sum(1)
+        fvu = errors.sum() / np.square(x - activations.mean).sum()
+        dead = np.asarray(before.since_fired) >= 3 * BATCH
+        load = np.bincount(np.asarray(sae.route(before.params, x).experts).ravel(), minlength=4)
+        expected = {
+            "mse": errors.mean(),
+            "fvu": fvu,
+            "l0": used.sum() / BATCH,
+            "dead": dead.mean(),
+            "load_cv": load.std() / load.mean(),
+            "lr": 3e-3,
+        }
+        for name, value in expected.items():
+            assert values[name] == pytest.approx(value, rel=1e-4), name
+        total = values["mse"] + 0.1 * values["load_balance"] + values["auxk"] / 32
+        assert values["loss"] == pytest.approx(float(total), rel=1e-5)
+        assert bool(values["auxk"] > 0) == dead.any()
+
+        since = np.asarray(before.since_fired) + BATCH
+        since[np.unique(ids[used])] = 0
+        np.testing.assert_array_equal(now.since_fired, since)
+        assert now.fvu == pytest.approx(0.98 * before.fvu + 0.02 * fvu, rel=1e-5)
+        assert now.step == number + 1 and now.bad_step == -1
+    assert 0 < dead.sum() < len(dead)  # or the count of the dead was not tested
+
+
+def test_tokens_since_firing_do_not_overflow(activations):
+    _, now, step = step_of(SAE, dead_after=10)
+    top = np.iinfo(np.int32).max
+    now = now._replace(since_fired=jnp.full_like(now.since_fired, top))
+    now, _ = step(now, jnp.asarray(activations.data[:BATCH]), jnp.asarray(activations.mean))
+    assert set(np.unique(now.since_fired)) == {0, top}
+
+
+def test_threshold_is_a_running_mean_from_its_first_value_on(activations):
+    config = dataclasses.replace(SAE, topk_scope="batch", k=3)
+    sae, now, step = step_of(config, dead_after=10**6)
+    x, mean = jnp.asarray(activations.data[:BATCH]), jnp.asarray(activations.mean)
+    smallest = []
+    for number in range(3):
+        if number == 2:  # a batch in which no latent is positive has no smallest survivor
+            bias = jnp.full_like(now.params["b_enc"], -1e6)
+            now = now._replace(params=now.params | {"b_enc": bias})
+        smallest.append(float(sae.loss(now.params, x, now.since_fired > 0).threshold))
+        now, values = step(now, x, mean)
+        if number == 0:
+            assert now.params["threshold"] == pytest.approx(smallest[0])
+            assert values["l0"] == pytest.approx(3, rel=0.01)
+    followed = THRESHOLD_DECAY * smallest[0] + (1 - THRESHOLD_DECAY) * smallest[1]
+    assert smallest[0] != smallest[1] and smallest[2] == np.inf
+    assert now.params["threshold"] == pytest.approx(followed, rel=1e-5)
+
+
+def test_dead_latents_get_a_gradient_from_auxk_and_only_then(activations):
+    sae, now, _ = step_of(SAE, dead_after=1)
+    x = jnp.asarray(activations.data[:8])
+    codes = sae.encode(now.params, x)
+    fired = np.zeros(SAE.latents, bool)
+    fired[np.asarray(codes.ids)[np.asarray(codes.values) != 0]] = True
+
+    @jax.jit
+    def gradients(dead):
+        grads = jax.grad(lambda params: sae.loss(params, x, dead).total)(now.params)
+        by_latent = {
+            "w_dec": grads["w_dec"].reshape(SAE.latents, -1),
+            "w_enc": grads["w_enc"].swapaxes(1, 2).reshape(SAE.latents, -1),
+        }
+        return {name: jnp.abs(grad).max(1) > 0 for name, grad in by_latent.items()}
+
+    alive, revived = gradients(jnp.zeros_like(fired)), gradients(jnp.asarray(~fired))
+    assert not alive["w_dec"][~fired].any() and alive["w_dec"][fired].all()
+    assert revived["w_dec"][~fired].mean() > 0.3
+    assert revived["w_enc"][~fired].mean() > 0.3
+
+
+# The loop
+
+
+def test_training_lowers_fvu(activations, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=200, log_every=100, checkpoint_every=0)
+    summary = train(config, activations, tmp_path, Event())
+    first, *_, last = records(tmp_path)
+    assert summary.finished and summary.step == 200
+    assert [line["step"] for line in records(tmp_path)] == [1, 100, 200]
+    assert last["fvu"] < 0.3 < 0.5 < first["fvu"]
+    assert last["tokens"] == 200 * BATCH and last["l0"] <= SAE.k
+    assert list((tmp_path / "tensorboard").iterdir())
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps == [200]  # the last state is saved without checkpoint_every
+
+
+@pytest.fixture(scope="module")
+def whole(activations, tmp_path_factory):
+    """An uninterrupted run: its folder and its final state."""
+    folder = tmp_path_factory.mktemp("whole")
+    folders.claim(CONFIG, folder)
+    return folder, leaves(train(CONFIG, activations, folder, Event()).state)
+
+
+def assert_same_run(summary, folder, whole):
+    for ours, theirs in zip(leaves(summary.state), whole[1], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert records(folder) == records(whole[0])
+
+
+def test_stopped_and_resumed_is_bit_identical(activations, tmp_path, whole):
+    stop, shown = Event(), []
+
+    def show(record):
+        shown.append(record["step"])
+        if record["step"] == 6:
+            stop.set()
+
+    summary = train(CONFIG, activations, tmp_path, stop, show)
+    assert (summary.step, summary.finished, summary.last["step"]) == (7, False, 7)
+    assert shown == [1, 2, 4, 6, 7]
+    again = train(CONFIG, activations, tmp_path, Event())
+    assert again.finished
+    assert_same_run(again, tmp_path, whole)
+
+
+def test_a_crash_costs_the_steps_since_the_last_checkpoint(activations, tmp_path, whole):
+    def crash(record):
+        if record["step"] == 8:
+            raise RuntimeError("power failure")
+
+    with pytest.raises(RuntimeError, match="power failure"):
+        train(CONFIG, activations, tmp_path, Event(), crash)
+    assert [line["step"] for line in records(tmp_path)] == [1, 2, 4, 6, 8]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    shown = []
+    again = train(CONFIG, activations, tmp_path, Event(), lambda r: shown.append(r["step"]))
+    assert shown == [6, 8, 10, 12]  # from checkpoint 5
+    assert_same_run(again, tmp_path, whole)
+
+
+def test_a_finished_run_takes_no_more_steps(activations, whole):
+    before = records(whole[0])
+    shown = []
+    summary = train(CONFIG, activations, whole[0], Event(), shown.append)
+    assert summary.finished and not shown and records(whole[0]) == before
+    assert summary.last["step"] == 12
+
+
+def test_not_finite_is_refused_with_the_step_and_the_good_checkpoint_stays(activations, tmp_path):
+    config = dataclasses.replace(CONFIG, log_every=3, checkpoint_every=6)
+    folders.claim(config, tmp_path)
+    data = activations.data.copy()
+    data[batch_ids(config.seed, 6, BATCH, ROWS)[5]] = np.nan  # the batch of step 7
+    with pytest.raises(UserError, match="step 7: .* checkpoint 6 is kept"):
+        train(config, Rows(data), tmp_path, Event())
+    assert [line["step"] for line in records(tmp_path)] == [1, 3, 6]
+    _, params = scale_sae_jax.load(tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_not_finite_before_any_checkpoint(activations, tmp_path):
+    data = np.full_like(activations.data, np.nan)
+    with pytest.raises(UserError, match="step 1: .* no checkpoint"):
+        train(CONFIG, Rows(data), tmp_path, Event())
