@@ -162,7 +162,7 @@ def test_batch_scope_has_a_threshold_at_inference():
     assert_close(dense(alone, config.latents), dense(loss.codes, config.latents)[:1])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     experts=st.integers(1, 6),
     size=st.integers(1, 7),

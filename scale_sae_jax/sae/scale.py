@@ -15,7 +15,7 @@ from scale_sae_jax.config import SAEConfig
 from scale_sae_jax.sae import losses, routing, scaling, selection, start
 from scale_sae_jax.sae.codes import Codes, Routing
 from scale_sae_jax.sae.decoding import decode_rows
-from scale_sae_jax.sae.experts import selected_products
+from scale_sae_jax.sae.grouped import selected_products
 
 
 class Loss(NamedTuple):

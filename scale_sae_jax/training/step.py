@@ -72,5 +72,6 @@ def make_step(
 
 
 def _follow(old: Array, new: Array) -> Array:
-    """Running mean of the threshold, from its first value on."""
-    return jnp.where(old == 0, new, THRESHOLD_DECAY * old + (1 - THRESHOLD_DECAY) * new)
+    """Running mean of the threshold, from its first value on, over batches with a survivor."""
+    mean = jnp.where(old == 0, new, THRESHOLD_DECAY * old + (1 - THRESHOLD_DECAY) * new)
+    return jnp.where(jnp.isfinite(new), mean, old)

@@ -1,0 +1,229 @@
+"""The folder of a run: settings, records, checkpoints, and loading what was trained."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import scale_sae_jax
+from scale_sae_jax import workdir as folders
+from scale_sae_jax.config import Config, LMConfig, SAEConfig, TextConfig
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.sae import build
+from scale_sae_jax.training import metrics, state
+from scale_sae_jax.training.checkpoints import Checkpoints
+from scale_sae_jax.training.optim import optimiser
+
+WIDTH = 6
+CONFIG = Config(
+    lm=LMConfig(path="model"),
+    text=TextConfig(path="text.jsonl"),
+    sae=SAEConfig(latents=8, experts=2, active=1, k=2),
+    keep_checkpoints=2,
+)
+PARTS = (
+    build(CONFIG.sae, WIDTH),
+    optimiser(CONFIG.optim, CONFIG.sae.latents, CONFIG.steps, CONFIG.sae.decoder_norm),
+)
+
+
+def state_at(step, fvu):
+    """A state whose b_dec tells its step."""
+    start = state.create(*PARTS, 0)
+    params = start.params | {"b_dec": jnp.full(WIDTH, float(step))}
+    return start._replace(step=jnp.asarray(step, jnp.int32), fvu=jnp.float32(fvu), params=params)
+
+
+def save(folder, fvu_at):
+    with Checkpoints(folder / "checkpoints", CONFIG.keep_checkpoints) as checkpoints:
+        for step, fvu in fvu_at.items():
+            checkpoints.save(state_at(step, fvu))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints 2 (the best), 4 and 5."""
+    folders.claim(CONFIG, tmp_path)
+    save(tmp_path, {1: 0.5, 2: 0.2, 3: 0.6, 4: 0.7, 5: 0.4})
+    return tmp_path
+
+
+def refusal(action):
+    with pytest.raises(UserError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# config.json
+
+
+def test_claim_writes_the_settings_and_reads_them_back(tmp_path):
+    folder = tmp_path / "runs" / "new"
+    assert folders.claim(CONFIG, folder) == []
+    assert folders.read_config(folder) == CONFIG
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert folders.claim(CONFIG, folder) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "remarks"),
+    [
+        ({"log_every": 7, "checkpoint_every": 1, "keep_checkpoints": 9, "wandb": True}, []),
+        ({"eval": dataclasses.replace(CONFIG.eval, tokens=1)}, []),
+        ({"steps": 20_000}, ["config.steps changed from 10000 to 20000"]),
+        (
+            {"optim": dataclasses.replace(CONFIG.optim, lr=0.5)},
+            ["config.optim.lr changed from 0.0 to 0.5"],
+        ),
+    ],
+)
+def test_claim_allows_what_leaves_the_next_step_alone_and_remarks_on_the_rest(
+    tmp_path, change, remarks
+):
+    folders.claim(CONFIG, tmp_path)
+    changed = dataclasses.replace(CONFIG, **change)
+    found = folders.claim(changed, tmp_path)
+    assert len(found) == len(remarks)
+    assert all(text.startswith(remark) for text, remark in zip(found, remarks, strict=True))
+    assert folders.read_config(tmp_path) == changed
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        (None, "seed", 1),
+        (None, "batch_size", 64),
+        ("sae", "k", 1),
+        ("lm", "layer", 3),
+        ("text", "context", 64),
+        ("optim", "b1", 0.5),
+        ("activations", "dtype", "float32"),
+    ],
+)
+def test_claim_refuses_another_run_and_leaves_the_folder_as_it_was(tmp_path, section, name, value):
+    folders.claim(CONFIG, tmp_path)
+    change = {name: value}
+    if section:
+        change = {section: dataclasses.replace(getattr(CONFIG, section), **change)}
+    message = refusal(lambda: folders.claim(dataclasses.replace(CONFIG, **change), tmp_path))
+    setting = f"config.{section}.{name}" if section else f"config.{name}"
+    assert setting in message and repr(value) in message and "--workdir" in message
+    assert folders.read_config(tmp_path) == CONFIG
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refusal(lambda: folders.claim(CONFIG, tmp_path / "file" / "run"))
+    assert "cannot write" in message and "--workdir" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b'{"seed": 0', "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[]", "JSON object"),
+        (b'{"seed": "x"}', "config.seed"),
+        (b'{"sead": 0}', "config.sead"),
+        (b"[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_damaged_config_is_refused(tmp_path, content, part):
+    (tmp_path / "config.json").write_bytes(content)
+    for action in (
+        lambda: folders.read_config(tmp_path),
+        lambda: folders.claim(CONFIG, tmp_path),
+        lambda: scale_sae_jax.load(tmp_path),
+    ):
+        assert part in refusal(action)
+    assert (tmp_path / "config.json").read_bytes() == content
+
+
+# metrics.jsonl
+
+
+def test_keep_until_drops_later_and_damaged_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert metrics.keep_until(path, 3) == [] and path.read_text() == ""
+    lines = [{"step": step, "loss": step / 2} for step in (1, 2, 4, 6)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 8, "los')
+    assert metrics.read_lines(path) == lines
+    assert metrics.keep_until(path, 4) == lines[:3]
+    assert metrics.read_lines(path) == lines[:3] and path.read_text().endswith("\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_writer_appends_complete_lines_at_once(tmp_path):
+    with metrics.MetricsWriter(tmp_path, 0, None) as writer:
+        writer.write({"step": 1, "loss": 0.5})
+        writer.write({"step": 2, "loss": 0.25})
+        found = metrics.read_lines(tmp_path / "metrics.jsonl")  # before it is closed
+    assert found == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+
+
+# Checkpoints
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(run):
+    with Checkpoints(run / "checkpoints", 2) as checkpoints:
+        assert checkpoints.steps == [2, 4, 5]
+        assert (checkpoints.latest, checkpoints.best) == (5, 2)
+        assert checkpoints.width(4) == WIDTH
+
+
+def test_a_restored_state_is_the_saved_one(run):
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        restored = checkpoints.restore(4, state.abstract(*PARTS))
+    expected = state_at(4, 0.7)
+    assert jax.tree.structure(restored) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_unfinished_write_is_no_checkpoint(run):
+    (run / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        assert checkpoints.latest == 5
+
+
+@pytest.mark.parametrize(("step", "expected"), [("latest", 5), ("best", 2), (4, 4), ("4", 4)])
+def test_load_takes_a_step_the_latest_or_the_best(run, step, expected):
+    sae, params = scale_sae_jax.load(run, step)
+    assert (sae.width, sae.latents, sae.config) == (WIDTH, 8, CONFIG.sae)
+    np.testing.assert_array_equal(params["b_dec"], np.full(WIDTH, expected))
+    assert sae.reconstruct(params, np.zeros((3, WIDTH), np.float32)).shape == (3, WIDTH)
+
+
+def test_load_names_what_is_not_there(run, tmp_path_factory):
+    for step in (3, "newest", "3"):
+        message = refusal(lambda step=step: scale_sae_jax.load(run, step))
+        assert str(step) in message and "2, 4, 5" in message
+    empty = tmp_path_factory.mktemp("empty")
+    assert "no config.json" in refusal(lambda: scale_sae_jax.load(empty))
+    assert "no config.json" in refusal(lambda: scale_sae_jax.load(empty / "absent"))
+    folders.claim(CONFIG, empty)
+    assert "no checkpoints" in refusal(lambda: scale_sae_jax.load(empty))
+    (empty / "checkpoints").mkdir()
+    assert "no complete checkpoint" in refusal(lambda: scale_sae_jax.load(empty))
+
+
+def test_load_refuses_a_checkpoint_of_other_sizes(run):
+    sae = dataclasses.replace(CONFIG.sae, latents=16)
+    folders.write_json(run / "config.json", dataclasses.asdict(CONFIG) | {"sae": vars(sae)})
+    assert "checkpoint 5" in refusal(lambda: scale_sae_jax.load(run))
+
+
+@pytest.mark.parametrize("pattern", ["state/_METADATA", "state/*ocdbt*", "state/**/d/*"])
+def test_load_refuses_a_damaged_checkpoint(run, pattern):
+    damaged = [p for p in (run / "checkpoints" / "5").glob(pattern) if p.is_file()]
+    assert damaged
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    message = refusal(lambda: scale_sae_jax.load(run))
+    assert "checkpoint 5" in message
+    assert scale_sae_jax.load(run, 4)[1]["b_dec"][0] == 4
