@@ -62,7 +62,7 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
         raise UserError(f"{path.parent} has no {path.name}, so it is not the folder of {kind}")
     try:
         values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{path} is not valid JSON: restore it or start a new run") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} does not hold a JSON object: restore it or start a new run")

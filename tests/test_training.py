@@ -82,17 +82,18 @@ def records(folder):
 
 def test_metrics_of_a_step_by_numpy(activations):
     sae, now, step = step_of(SAE, dead_after=3 * BATCH)
+    encode, reconstruct, route = map(jax.jit, (sae.encode, sae.reconstruct, sae.route))
     for number in range(5):
         x = activations.rows(np.arange(number * BATCH, (number + 1) * BATCH))
         before = jax.tree.map(jnp.copy, now)  # the step donates its state
         now, values = step(now, jnp.asarray(x), jnp.asarray(activations.mean))
 
-        codes = sae.encode(before.params, x)
+        codes = encode(before.params, x)
         used, ids = np.asarray(codes.values) != 0, np.asarray(codes.ids)
-        errors = np.square(x - np.asarray(sae.reconstruct(before.params, x))).sum(1)
+        errors = np.square(x - np.asarray(reconstruct(before.params, x))).sum(1)
         fvu = errors.sum() / np.square(x - activations.mean).sum()
         dead = np.asarray(before.since_fired) >= 3 * BATCH
-        load = np.bincount(np.asarray(sae.route(before.params, x).experts).ravel(), minlength=4)
+        load = np.bincount(np.asarray(route(before.params, x).experts).ravel(), minlength=4)
         expected = {
             "mse": errors.mean(),
             "fvu": fvu,

@@ -3,6 +3,8 @@
 Orbax writes each step into `checkpoints/STEP`, complete or not at all.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from orbax.checkpoint import v1 as ocp
@@ -53,17 +55,24 @@ class Checkpoints:
         self._pending = self._orbax.save_async(step, state, force=True, metrics={"fvu": fvu})
 
     def restore(self, step: int, target: TrainState) -> TrainState:
-        """The state at `step`, laid out as the abstract `target`."""
-        try:
+        """The state at `step`, laid out as the abstract `target`. Raises UserError if damaged."""
+        with _readable(step):
             return self._orbax.load(step, target)
-        except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise UserError(
-                f"checkpoint {step} cannot be read: {reason[:200]}; "
-                "delete its folder to fall back on an older one"
-            ) from error
 
     def width(self, step: int) -> int:
-        """D of the stored autoencoder, from the shape of b_dec."""
-        state = self._orbax.metadata(step).metadata
-        return state["params"]["b_dec"].shape[0]
+        """D of the stored autoencoder, from the shape of b_dec. Raises UserError if damaged."""
+        with _readable(step):
+            return self._orbax.metadata(step).metadata["params"]["b_dec"].shape[0]
+
+
+@contextlib.contextmanager
+def _readable(step: int) -> Iterator[None]:
+    """What Orbax raises for a damaged checkpoint, as UserError."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"checkpoint {step} cannot be read: {reason[:200]}; "
+            "delete its folder to fall back on an older one"
+        ) from error
