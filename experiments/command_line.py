@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from scale_sae_jax.config import Config, to_config_dict
 from scale_sae_jax.errors import UserError
 
 
@@ -17,8 +18,14 @@ def start(main: Callable[[], None], define: Callable[[list[str]], None]) -> None
     """
 
     def parse(argv: list[str]) -> list[str]:
-        define(argv)
-        rest = flags.FLAGS(argv)
+        try:
+            _refuse_unknown_settings(argv)
+            define(argv)
+            rest = flags.FLAGS(argv)
+        except (UserError, flags.Error) as error:
+            raise UserError(str(error)) from None
+        except Exception as error:  # whatever a config file of the user's may raise
+            raise UserError(f"{type(error).__name__} in --config: {error}") from error
         if rest[1:]:
             raise UserError(f"argument '{rest[1]}' is not understood: flags are written --name=value")
         return rest
@@ -35,10 +42,6 @@ def start(main: Callable[[], None], define: Callable[[list[str]], None]) -> None
         app.run(body, flags_parser=parse)
     except UserError as error:
         fail(str(error))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, flags.Error) or _while_parsing(error):
-            fail(" ".join(str(error).split()))
-        raise
 
 
 def fail(message: str) -> None:
@@ -46,8 +49,20 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def define_config() -> None:
+def given(argv: list[str], name: str) -> str | None:
+    """The value of --name before flags are defined; None if it is not there."""
+    early = flags.FlagValues()
+    early.set_gnu_getopt()
+    flags.DEFINE_string(name, None, "", flag_values=early)
+    early(argv, known_only=True)
+    return early[name].value
+
+
+def define_config(argv: list[str]) -> None:
     """--config=FILE.py[:key=value,...], with --config.NAME=VALUE for single settings."""
+    name = given(argv, "config")
+    if name is not None and not Path(name.split(":")[0]).is_file():
+        raise UserError(f"--config={name}: there is no such file; name one of configs/*.py")
     config_flags.DEFINE_config_file("config", None, "Config file, with arguments after a colon.")
     flags.mark_flag_as_required("config")
 
@@ -57,11 +72,15 @@ def config_name() -> str:
     return Path(flags.FLAGS["config"].config_filename).stem
 
 
-def _while_parsing(error: Exception) -> bool:
-    """Whether ml_collections raised it while it applied --config flags."""
-    frame = error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_code.co_name == "parse":
-            return True
-        frame = frame.tb_next
-    return False
+def _refuse_unknown_settings(argv: list[str]) -> None:
+    """Of an unknown --config.NAME, ml_collections tells no more than the last part."""
+    for name in (arg.lstrip("-").split("=")[0] for arg in argv[1:]):
+        if not name.startswith("config."):
+            continue
+        where, setting = "config", to_config_dict(Config())
+        for part in name.split(".")[1:]:
+            if not isinstance(setting, ConfigDict):
+                raise UserError(f"--{name} is unknown: {where} is a single setting")
+            if part not in setting:
+                raise UserError(f"--{name} is unknown: {where} takes {', '.join(setting)}")
+            where, setting = f"{where}.{part}", setting[part]

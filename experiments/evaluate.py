@@ -29,11 +29,11 @@ def define(argv: list[str]) -> None:
     """The settings to override are those of --workdir, so that flag is looked for first."""
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_string("step", "latest", "Checkpoint: a step, 'latest' or 'best'.")
-    given = [a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("workdir=")]
-    if any(a.lstrip("-").startswith("config=") for a in argv):
-        command_line.define_config()
-    elif given:
-        settings = to_config_dict(read_config(Path(given[-1])))
+    workdir = command_line.given(argv, "workdir")
+    if command_line.given(argv, "config") is not None:
+        command_line.define_config(argv)
+    elif workdir is not None:
+        settings = to_config_dict(read_config(Path(workdir)))
         config_flags.DEFINE_config_dict("config", settings)
     flags.mark_flag_as_required("workdir")
 
@@ -54,7 +54,7 @@ def main() -> None:
     text = text_asked_for(asked.text, trained.text)
     config = dataclasses.replace(trained, eval=asked.eval)
     check_sources(dataclasses.replace(config, text=text))
-    step = int(FLAGS.step) if FLAGS.step.isdigit() else FLAGS.step
+    step = int(FLAGS.step) if FLAGS.step.isdecimal() else FLAGS.step
     sae, params = load(workdir, step)
     bars = Bars()
     try:

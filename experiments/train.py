@@ -19,8 +19,7 @@ FLAGS = flags.FLAGS
 
 
 def define(argv: list[str]) -> None:
-    del argv
-    command_line.define_config()
+    command_line.define_config(argv)
     flags.DEFINE_string("workdir", None, "Folder of the run; runs/CONFIG if not given.")
 
 

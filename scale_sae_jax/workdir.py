@@ -17,17 +17,19 @@ FREE = ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "wandb")
 FREE_SECTIONS = ("eval",)
 # Settings that do, but that a user may well change on purpose when a run goes on.
 ADJUSTABLE = ("optim.lr", "optim.warmup", "optim.decay")
+# What a run writes once its sources are found good; before that, any setting may be corrected.
+BEGUN = ("activations", "metrics.jsonl", "checkpoints")
 
 
 def claim(config: Config, workdir: Path) -> list[str]:
-    """Writes config.json, or checks it against that of the run to be resumed.
+    """Writes config.json, or checks it against that of the run to be resumed, if it has begun.
 
     Returns remarks on settings that changed and make the rest of the run another one. Raises
     UserError when the folder holds a run with other settings.
     """
     path = workdir / "config.json"
     remarks = []
-    if path.exists():
+    if path.exists() and any((workdir / name).exists() for name in BEGUN):
         old, new = _flat(dataclasses.asdict(read_config(workdir))), _flat(dataclasses.asdict(config))
         for name in new:
             if old[name] == new[name] or name in FREE or name.split(".")[0] in FREE_SECTIONS:

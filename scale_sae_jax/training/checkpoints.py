@@ -32,7 +32,9 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, or None."""
+        """Step of the newest complete checkpoint, or None. Waits for a pending write."""
+        if self._pending is not None:
+            self._pending.result()
         newest = self._orbax.latest
         return None if newest is None else newest.step
 

@@ -1,0 +1,319 @@
+"""The commands as a user calls them: whole runs, kills, evaluation, and mistakes told in a line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+import scale_sae_jax
+from scale_sae_jax.sae import build
+from scale_sae_jax.training import state
+from scale_sae_jax.training.checkpoints import Checkpoints
+from scale_sae_jax.training.metrics import read_lines
+from scale_sae_jax.training.optim import optimiser
+from scale_sae_jax.workdir import read_config
+
+ROOT = Path(__file__).parent.parent
+VOCAB, WIDTH, STEPS = 400, 32, 1500
+COSINES = ("redundancy_0.7", "redundancy_0.8", "redundancy_0.9", "max_cosine_mean")
+KEYS = {
+    *("mse", "fvu", "fvu_all", "cosine", "norm_ratio", "relative_bias"),
+    *("l0", "l0_p5", "l0_p95", "dead", "density"),
+    *("ce_clean", "ce_spliced", "ce_mean", "ce_zero"),
+    *("delta_ce", "recovered", "recovered_mean", "kl"),
+    *(name + split for name in COSINES for split in ("", "_intra", "_inter", "_null")),
+    *("expert_load", "load_cv", "router_entropy", "expert_mi"),
+    *("flops_per_token", "active_width", "total_width", "params"),
+    *("tokens_seen", "train_seconds", "tokens_per_second"),
+}
+NEEDS_TEXT = {"ce_clean", "ce_spliced", "ce_mean", "ce_zero", "delta_ce", "kl", "expert_mi"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A random GPT-2 of two blocks with its tokenizer, two texts, and arrays of activations."""
+    folder = tmp_path_factory.mktemp("data")
+    documents = [text[:2000] for text in topics.values()]
+    for name, texts in (("docs", documents), ("other", [text[::-1] for text in documents[:8]])):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    write_model(folder / "gpt2", documents)
+    rng = np.random.default_rng(0)
+    arrays = {
+        "acts": rng.normal(size=(2000, 16)).astype(np.float32),
+        "solid": np.zeros((4, 4, 4), np.float32),
+        "nan": np.full((40, 4), np.nan, np.float32),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+def write_model(folder, documents):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        sizes = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+        transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents[:20], trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def text_flags(data, workdir, arg="l0=4,experts=4,latents=64"):
+    return [
+        f"--config=configs/owt.py:{arg}",
+        f"--config.lm.path={data}/gpt2",
+        "--config.lm.layer=0",
+        "--config.lm.rows_per_batch=4",
+        f"--config.text.path={data}/docs.jsonl",
+        "--config.text.heldout_fraction=0.2",
+        "--config.text.context=32",
+        "--config.batch_size=64",
+        "--config.steps=30",
+        "--config.eval.tokens=512",
+        f"--workdir={workdir}",
+    ]
+
+
+def array_flags(data, workdir, array="acts"):
+    return [
+        f"--config=configs/array.py:path={data}/{array}.npy,l0=4,experts=4,latents=64",
+        "--config.batch_size=64",
+        f"--config.steps={STEPS}",
+        "--config.log_every=10",
+        "--config.checkpoint_every=100",
+        f"--workdir={workdir}",
+    ]
+
+
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def begin(command, *args):
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{command}", *args],
+        **{"cwd": ROOT, "env": ENVIRONMENT, "text": True},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+    )
+
+
+def call(command, *args):
+    """stdout of a command that must succeed."""
+    with begin(command, *args) as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err and "error" not in err
+    return out
+
+
+def results(workdir, name="eval.json"):
+    return json.loads((workdir / name).read_text())
+
+
+# From a language model
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """The folder of a run on the small model, and what the command printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "text"
+    return workdir, call("train", *text_flags(data, workdir))
+
+
+def test_train_fills_the_folder_of_the_run(trained, data):
+    workdir, out = trained
+    names = {path.name for path in workdir.iterdir()}
+    folders = {"activations", "checkpoints", "tensorboard", "evals"}
+    assert names == folders | {"config.json", "metrics.jsonl", "eval.json"}
+    assert all(any((workdir / name).iterdir()) for name in folders)
+    assert read_config(workdir).steps == 30
+    assert [line["step"] for line in read_lines(workdir / "metrics.jsonl")] == [1, 30]
+
+    found = results(workdir)
+    assert set(found) >= KEYS
+    assert all(found[key] is not None for key in KEYS)
+    assert 0 < found["fvu"] < 1 and 0 < found["l0"] <= 4
+    assert found["tokens_seen"] == 30 * 64 and 400 <= found["eval_tokens"] <= 512
+    assert found["ce_clean"] == pytest.approx(np.log(VOCAB), rel=0.1)  # of a random model
+    assert "FVU" in out and f"{found['fvu']:.4f}" in out and str(workdir) in out
+    assert results(workdir, "evals/docs.json") == found
+
+    sae, params = scale_sae_jax.load(workdir)
+    assert (sae.width, sae.latents, sae.k) == (WIDTH, 64, 4)
+    assert sae.encode(params, np.ones((2, WIDTH), np.float32)).ids.shape == (2, 4)
+
+
+def test_evaluate_repeats_the_result_and_takes_other_texts(trained, data):
+    workdir, _ = trained
+    before = results(workdir)
+    call("evaluate", "--workdir", str(workdir), "--step=best")
+    assert results(workdir) == before
+    call("evaluate", f"--workdir={workdir}", f"--config.text.path={data}/other.jsonl")
+    other = results(workdir)
+    assert set(other) >= KEYS and other["eval_text"] == f"{data}/other.jsonl"
+    assert other["fvu"] != before["fvu"] and other["tokens_seen"] == before["tokens_seen"]
+    short = ["--config.eval.tokens=64", "--config.text.where=", "--config.text.context=16"]
+    given = ["--config=configs/biomedical.py", f"--config.text.path={data}/docs.jsonl", *short]
+    call("evaluate", f"--workdir={workdir}", *given)
+    assert results(workdir)["eval_tokens"] <= 64 and read_config(workdir).eval.tokens == 512
+    assert {path.stem for path in (workdir / "evals").iterdir()} >= {"docs", "other"}
+
+
+# From an array, stopped and killed
+
+
+def wait_for_step(process, workdir, step):
+    """Returns once a record of `step` or later is written."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        lines = read_lines(workdir / "metrics.jsonl")
+        if lines and lines[-1]["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached in time")
+
+
+def final_state(workdir):
+    config = read_config(workdir)
+    sae = build(config.sae, 16)
+    tx = optimiser(config.optim, config.sae.latents, config.steps, config.sae.decoder_norm)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        assert checkpoints.latest == STEPS
+        return jax.tree.leaves(checkpoints.restore(STEPS, state.abstract(sae, tx)))
+
+
+def test_sigterm_and_sigkill_leave_the_result_bit_identical(data, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    reference = begin("train", *array_flags(data, whole))
+    with begin("train", *array_flags(data, broken)) as first:
+        wait_for_step(first, broken, 200)
+        first.send_signal(signal.SIGTERM)
+        out, err = first.communicate(timeout=60)
+    assert first.returncode == 0 and "Traceback" not in err
+    saved = read_lines(broken / "metrics.jsonl")[-1]["step"]
+    assert "saved at step" in out and "same command goes on" in out and str(broken) in out
+    assert 200 <= saved < STEPS - 300
+
+    with begin("train", *array_flags(data, broken)) as second:
+        wait_for_step(second, broken, saved + 150)
+        second.send_signal(signal.SIGKILL)
+        second.communicate(timeout=60)
+    assert second.returncode == -signal.SIGKILL
+    assert not (broken / "eval.json").exists()
+
+    call("train", *array_flags(data, broken))
+    out, err = reference.communicate(timeout=120)
+    assert reference.returncode == 0, err
+    for ours, theirs in zip(final_state(broken), final_state(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    runs = [read_lines(folder / "metrics.jsonl") for folder in (broken, whole)]
+    assert [[line["step"], line["loss"]] for line in runs[0]] == [
+        [line["step"], line["loss"]] for line in runs[1]
+    ]
+    found = results(whole)
+    assert set(found) >= KEYS and {key for key in KEYS if found[key] is None} >= NEEDS_TEXT
+    assert "delta CE           -" in out and found["fvu"] == results(broken)["fvu"] < 0.6
+
+
+# Mistakes
+
+# Imports once, then forks for each command: a fresh process as a user's, without its start.
+FORKING = """
+import json, os, runpy, sys
+import scale_sae_jax.run, experiments.command_line, experiments.console
+for number, (command, *args) in enumerate(json.load(sys.stdin)):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(f"{sys.argv[1]}/{number}", os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv = [command, *args]
+        runpy.run_module(f"experiments.{command}", run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def mistakes(data, tmp_path):
+    """[command, arguments ...] and what its one line must name."""
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    (tmp_path / "broken.py").write_text("def get_config(arg=''):\n    return 1 / 0\n")
+    new = tmp_path / "run"
+    arrays, text = array_flags(data, new), text_flags(data, new)
+
+    def sizes(arg):
+        return ["train", *text_flags(data, new, arg)]
+
+    return [
+        (sizes("l0=64,experts=4,latents=64"), "config.sae.k (l0) = 64"),
+        (sizes("latents=65,experts=4"), "config.sae.latents = 65"),
+        (sizes("latents=64,experts=4,active=5"), "config.sae.active = 5"),
+        (sizes("nonsense=1"), "config argument 'nonsense'"),
+        (sizes("preset=papers"), "preset 'papers'"),
+        (["train", *text, "--config.lm.layer=2"], "config.lm.layer = 2"),
+        (["train", *text, "--config.text.path=absent.jsonl"], "absent.jsonl"),
+        (["train", *text, "--config.lm.path=./absent"], "./absent"),
+        (["train", *text, "--config.lm.path=someone/model"], "--config.lm.path=FOLDER"),
+        (["train", *text, "--config.text.context=65"], "config.text.context = 65"),
+        (["train", *text, "--config.foo=1"], "--config.foo"),
+        (["train", *text, "--config.sae.k.x=1"], "--config.sae.k.x"),
+        (["train", *text, "--config.steps=abc"], "--config.steps=abc"),
+        (["train", *text, "--config.lm.dtype=float64"], "config.lm.dtype = 'float64'"),
+        (["train", *text, "surplus"], "'surplus'"),
+        (["train", "--config=configs/absent.py"], "configs/absent.py"),
+        (["train", f"--config={tmp_path}/broken.py"], "ZeroDivisionError"),
+        (["train"], "--config"),
+        (["train", *array_flags(data, new, "absent")], "absent.npy"),
+        (["train", *array_flags(data, new, "solid")], "(4, 4, 4)"),
+        (["train", *array_flags(data, new, "nan")], "row 0"),
+        (["train", *arrays, f"--workdir={data}/acts.npy/run"], "--workdir"),
+        (["evaluate", "--workdir", str(data)], "config.json"),
+        (["evaluate", f"--workdir={tmp_path}/damaged"], "not valid JSON"),
+        (["evaluate"], "--workdir"),
+    ]
+
+
+def test_mistakes_are_told_in_one_line_with_status_2(data, tmp_path, trained):
+    cases = mistakes(data, tmp_path)
+    run = f"--workdir={trained[0]}"
+    cases += [
+        (["evaluate", run, "--step=7"], "checkpoint 7: there are 30"),
+        (["evaluate", run, "--config.foo=1"], "--config.foo"),
+        (["evaluate", run, "--config.text.path=absent.jsonl"], "absent.jsonl"),
+        (["train", *text_flags(data, trained[0]), "--config.seed=1"], "config.seed = 0"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKING, str(tmp_path)],
+        **{"input": json.dumps([args for args, _ in cases]), "text": True, "timeout": 120},
+        **{"cwd": ROOT, "env": ENVIRONMENT, "stdout": subprocess.PIPE},
+    )
+    assert done.returncode == 0
+    for number, ((args, part), status) in enumerate(zip(cases, done.stdout.split(), strict=True)):
+        lines = (tmp_path / str(number)).read_text().splitlines()
+        assert (status, len(lines)) == ("2", 1), (args, lines)
+        assert lines[0].startswith("error: ") and part in lines[0], (args, lines)
