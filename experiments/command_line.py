@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from logging import getLogger
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -27,12 +28,14 @@ def start(main: Callable[[], None], define: Callable[[list[str]], None]) -> None
         except Exception as error:  # whatever a config file of the user's may raise
             raise UserError(f"{type(error).__name__} in --config: {error}") from error
         if rest[1:]:
-            raise UserError(f"argument '{rest[1]}' is not understood: flags are written --name=value")
+            raise UserError(f"argument '{rest[1]}' is not understood: write flags as --name=value")
         return rest
 
     def body(_: list[str]) -> None:
         # absl prints INFO of every library to stderr once flags are parsed.
         logging.set_verbosity(logging.WARNING)
+        # Of a damaged checkpoint, asyncio reports every read that fails beside the first.
+        getLogger("asyncio").setLevel("CRITICAL")
         try:
             main()
         except UserError as error:

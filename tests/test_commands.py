@@ -26,17 +26,24 @@ from scale_sae_jax.workdir import read_config
 ROOT = Path(__file__).parent.parent
 VOCAB, WIDTH, STEPS = 400, 32, 1500
 COSINES = ("redundancy_0.7", "redundancy_0.8", "redundancy_0.9", "max_cosine_mean")
-KEYS = {
-    *("mse", "fvu", "fvu_all", "cosine", "norm_ratio", "relative_bias"),
-    *("l0", "l0_p5", "l0_p95", "dead", "density"),
-    *("ce_clean", "ce_spliced", "ce_mean", "ce_zero"),
-    *("delta_ce", "recovered", "recovered_mean", "kl"),
-    *(name + split for name in COSINES for split in ("", "_intra", "_inter", "_null")),
-    *("expert_load", "load_cv", "router_entropy", "expert_mi"),
-    *("flops_per_token", "active_width", "total_width", "params"),
-    *("tokens_seen", "train_seconds", "tokens_per_second"),
-}
+KEYS = set(
+    """mse fvu fvu_all cosine norm_ratio relative_bias l0 l0_p5 l0_p95 dead density
+    ce_clean ce_spliced ce_mean ce_zero delta_ce recovered recovered_mean kl
+    expert_load load_cv router_entropy expert_mi flops_per_token active_width total_width params
+    tokens_seen train_seconds tokens_per_second""".split()
+) | {name + split for name in COSINES for split in ("", "_intra", "_inter", "_null")}
 NEEDS_TEXT = {"ce_clean", "ce_spliced", "ce_mean", "ce_zero", "delta_ce", "kl", "expert_mi"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory):
+    """Of the commands: no network, and programs compiled fast and once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +56,9 @@ def data(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(lines))
     write_model(folder / "gpt2", documents)
     rng = np.random.default_rng(0)
-    arrays = {
-        "acts": rng.normal(size=(2000, 16)).astype(np.float32),
-        "solid": np.zeros((4, 4, 4), np.float32),
-        "nan": np.full((40, 4), np.nan, np.float32),
-    }
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
+    np.save(folder / "acts.npy", rng.normal(size=(2000, 16)).astype(np.float32))
+    np.save(folder / "solid.npy", np.zeros((4, 4, 4), np.float32))
+    np.save(folder / "nan.npy", np.full((40, 4), np.nan, np.float32))
     return folder
 
 
@@ -70,55 +73,39 @@ def write_model(folder, documents):
         config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
         transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    special = {"special_tokens": ["<|endoftext|>"], "show_progress": False}
+    sizes = {"vocab_size": VOCAB, "initial_alphabet": byte_level.alphabet()}
+    trainer = tokenizers.trainers.BpeTrainer(**sizes, **special)
     backend.train_from_iterator(documents[:20], trainer)
     backend.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def flags(workdir, config, **settings):
+    named = (f"--config.{name}={value}" for name, value in settings.items())
+    return [f"--config=configs/{config}", *named, f"--workdir={workdir}"]
+
+
 def text_flags(data, workdir, arg="l0=4,experts=4,latents=64"):
-    return [
-        f"--config=configs/owt.py:{arg}",
-        f"--config.lm.path={data}/gpt2",
-        "--config.lm.layer=0",
-        "--config.lm.rows_per_batch=4",
-        f"--config.text.path={data}/docs.jsonl",
-        "--config.text.heldout_fraction=0.2",
-        "--config.text.context=32",
-        "--config.batch_size=64",
-        "--config.steps=30",
-        "--config.eval.tokens=512",
-        f"--workdir={workdir}",
-    ]
+    lm = {"lm.path": data / "gpt2", "lm.layer": 0, "lm.rows_per_batch": 4}
+    text = {"text.path": data / "docs.jsonl", "text.heldout_fraction": 0.2, "text.context": 32}
+    settings = {"batch_size": 64, "steps": 30, "eval.tokens": 512, **lm, **text}
+    return flags(workdir, f"owt.py:{arg}", **settings)
 
 
 def array_flags(data, workdir, array="acts"):
-    return [
-        f"--config=configs/array.py:path={data}/{array}.npy,l0=4,experts=4,latents=64",
-        "--config.batch_size=64",
-        f"--config.steps={STEPS}",
-        "--config.log_every=10",
-        "--config.checkpoint_every=100",
-        f"--workdir={workdir}",
-    ]
-
-
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    arg = f"path={data}/{array}.npy,l0=4,experts=4,latents=64"
+    settings = {"batch_size": 64, "steps": STEPS, "log_every": 10, "checkpoint_every": 100}
+    return flags(workdir, f"array.py:{arg}", **settings)
 
 
 def begin(command, *args):
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{command}", *args],
-        **{"cwd": ROOT, "env": ENVIRONMENT, "text": True},
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+        **{"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
     )
 
 
@@ -131,8 +118,8 @@ def call(command, *args):
     return out
 
 
-def results(workdir, name="eval.json"):
-    return json.loads((workdir / name).read_text())
+def results(workdir):
+    return json.loads((workdir / "eval.json").read_text())
 
 
 # From a language model
@@ -161,8 +148,6 @@ def test_train_fills_the_folder_of_the_run(trained, data):
     assert found["tokens_seen"] == 30 * 64 and 400 <= found["eval_tokens"] <= 512
     assert found["ce_clean"] == pytest.approx(np.log(VOCAB), rel=0.1)  # of a random model
     assert "FVU" in out and f"{found['fvu']:.4f}" in out and str(workdir) in out
-    assert results(workdir, "evals/docs.json") == found
-
     sae, params = scale_sae_jax.load(workdir)
     assert (sae.width, sae.latents, sae.k) == (WIDTH, 64, 4)
     assert sae.encode(params, np.ones((2, WIDTH), np.float32)).ids.shape == (2, 4)
@@ -177,11 +162,10 @@ def test_evaluate_repeats_the_result_and_takes_other_texts(trained, data):
     other = results(workdir)
     assert set(other) >= KEYS and other["eval_text"] == f"{data}/other.jsonl"
     assert other["fvu"] != before["fvu"] and other["tokens_seen"] == before["tokens_seen"]
-    short = ["--config.eval.tokens=64", "--config.text.where=", "--config.text.context=16"]
-    given = ["--config=configs/biomedical.py", f"--config.text.path={data}/docs.jsonl", *short]
-    call("evaluate", f"--workdir={workdir}", *given)
+    text = {"text.path": data / "docs.jsonl", "text.where": "", "text.context": 16}
+    call("evaluate", *flags(workdir, "biomedical.py", **{"eval.tokens": 64, **text}))
     assert results(workdir)["eval_tokens"] <= 64 and read_config(workdir).eval.tokens == 512
-    assert {path.stem for path in (workdir / "evals").iterdir()} >= {"docs", "other"}
+    assert {path.stem for path in (workdir / "evals").iterdir()} == {"docs", "other"}
 
 
 # From an array, stopped and killed
@@ -189,14 +173,10 @@ def test_evaluate_repeats_the_result_and_takes_other_texts(trained, data):
 
 def wait_for_step(process, workdir, step):
     """Returns once a record of `step` or later is written."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        lines = read_lines(workdir / "metrics.jsonl")
-        if lines and lines[-1]["step"] >= step:
-            return
-        assert process.poll() is None, process.communicate()
+    until = time.monotonic() + 90
+    while not any(line["step"] >= step for line in read_lines(workdir / "metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < until, process.communicate(timeout=9)
         time.sleep(0.02)
-    pytest.fail(f"step {step} was not reached in time")
 
 
 def final_state(workdir):
@@ -216,9 +196,9 @@ def test_sigterm_and_sigkill_leave_the_result_bit_identical(data, tmp_path):
         first.send_signal(signal.SIGTERM)
         out, err = first.communicate(timeout=60)
     assert first.returncode == 0 and "Traceback" not in err
-    saved = read_lines(broken / "metrics.jsonl")[-1]["step"]
     assert "saved at step" in out and "same command goes on" in out and str(broken) in out
-    assert 200 <= saved < STEPS - 300
+    saved = read_lines(broken / "metrics.jsonl")[-1]["step"]
+    assert saved < STEPS - 300
 
     with begin("train", *array_flags(data, broken)) as second:
         wait_for_step(second, broken, saved + 150)
@@ -232,10 +212,8 @@ def test_sigterm_and_sigkill_leave_the_result_bit_identical(data, tmp_path):
     assert reference.returncode == 0, err
     for ours, theirs in zip(final_state(broken), final_state(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    runs = [read_lines(folder / "metrics.jsonl") for folder in (broken, whole)]
-    assert [[line["step"], line["loss"]] for line in runs[0]] == [
-        [line["step"], line["loss"]] for line in runs[1]
-    ]
+    ours, theirs = (read_lines(folder / "metrics.jsonl") for folder in (broken, whole))
+    assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in theirs]
     found = results(whole)
     assert set(found) >= KEYS and {key for key in KEYS if found[key] is None} >= NEEDS_TEXT
     assert "delta CE           -" in out and found["fvu"] == results(broken)["fvu"] < 0.6
@@ -247,24 +225,26 @@ def test_sigterm_and_sigkill_leave_the_result_bit_identical(data, tmp_path):
 FORKING = """
 import json, os, runpy, sys
 import scale_sae_jax.run, experiments.command_line, experiments.console
+from transformers import AutoConfig
 for number, (command, *args) in enumerate(json.load(sys.stdin)):
     child = os.fork()
     if child == 0:
         os.dup2(os.open(f"{sys.argv[1]}/{number}", os.O_CREAT | os.O_WRONLY), 2)
         sys.argv = [command, *args]
-        runpy.run_module(f"experiments.{command}", run_name="__main__", alter_sys=True)
-        sys.exit(0)
+        try:
+            runpy.run_module(f"experiments.{command}", run_name="__main__", alter_sys=True)
+        except SystemExit as stopped:
+            os._exit(stopped.code)  # tearing down the interpreter takes a second
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 def mistakes(data, tmp_path):
-    """[command, arguments ...] and what its one line must name."""
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "config.json").write_text("{")
+    """(command and arguments, what the one line must name)."""
+    (tmp_path / "config.json").write_text("{")
     (tmp_path / "broken.py").write_text("def get_config(arg=''):\n    return 1 / 0\n")
     new = tmp_path / "run"
-    arrays, text = array_flags(data, new), text_flags(data, new)
+    text = text_flags(data, new)
 
     def sizes(arg):
         return ["train", *text_flags(data, new, arg)]
@@ -291,9 +271,9 @@ def mistakes(data, tmp_path):
         (["train", *array_flags(data, new, "absent")], "absent.npy"),
         (["train", *array_flags(data, new, "solid")], "(4, 4, 4)"),
         (["train", *array_flags(data, new, "nan")], "row 0"),
-        (["train", *arrays, f"--workdir={data}/acts.npy/run"], "--workdir"),
+        (["train", *array_flags(data, data / "acts.npy" / "run")], "--workdir"),
         (["evaluate", "--workdir", str(data)], "config.json"),
-        (["evaluate", f"--workdir={tmp_path}/damaged"], "not valid JSON"),
+        (["evaluate", f"--workdir={tmp_path}"], "not valid JSON"),
         (["evaluate"], "--workdir"),
     ]
 
@@ -310,7 +290,7 @@ def test_mistakes_are_told_in_one_line_with_status_2(data, tmp_path, trained):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKING, str(tmp_path)],
         **{"input": json.dumps([args for args, _ in cases]), "text": True, "timeout": 120},
-        **{"cwd": ROOT, "env": ENVIRONMENT, "stdout": subprocess.PIPE},
+        **{"cwd": ROOT, "stdout": subprocess.PIPE},
     )
     assert done.returncode == 0
     for number, ((args, part), status) in enumerate(zip(cases, done.stdout.split(), strict=True)):

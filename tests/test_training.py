@@ -1,4 +1,4 @@
-"""The training step against NumPy, and the loop: resuming, crashing, refusing what is not finite."""
+"""The training step against NumPy, and the loop: resuming, crashing, refusing NaN."""
 
 import dataclasses
 from dataclasses import dataclass

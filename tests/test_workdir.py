@@ -1,6 +1,7 @@
 """The folder of a run: settings, records, checkpoints, and loading what was trained."""
 
 import dataclasses
+import gc
 import json
 
 import jax
@@ -51,6 +52,22 @@ def run(tmp_path):
     return tmp_path
 
 
+def begin(folder):
+    """What a run has written as it starts to train."""
+    folders.claim(CONFIG, folder)
+    (folder / "metrics.jsonl").write_text("")
+
+
+@pytest.fixture
+def failing_reads():
+    """Orbax leaves the errors of all reads but the first unretrieved; they end with the test."""
+    yield
+    gc.collect()
+
+
+IGNORE_THEM = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 def refusal(action):
     with pytest.raises(UserError) as caught:
         action()
@@ -84,7 +101,7 @@ def test_claim_writes_the_settings_and_reads_them_back(tmp_path):
 def test_claim_allows_what_leaves_the_next_step_alone_and_remarks_on_the_rest(
     tmp_path, change, remarks
 ):
-    folders.claim(CONFIG, tmp_path)
+    begin(tmp_path)
     changed = dataclasses.replace(CONFIG, **change)
     found = folders.claim(changed, tmp_path)
     assert len(found) == len(remarks)
@@ -105,7 +122,7 @@ def test_claim_allows_what_leaves_the_next_step_alone_and_remarks_on_the_rest(
     ],
 )
 def test_claim_refuses_another_run_and_leaves_the_folder_as_it_was(tmp_path, section, name, value):
-    folders.claim(CONFIG, tmp_path)
+    begin(tmp_path)
     change = {name: value}
     if section:
         change = {section: dataclasses.replace(getattr(CONFIG, section), **change)}
@@ -113,6 +130,13 @@ def test_claim_refuses_another_run_and_leaves_the_folder_as_it_was(tmp_path, sec
     setting = f"config.{section}.{name}" if section else f"config.{name}"
     assert setting in message and repr(value) in message and "--workdir" in message
     assert folders.read_config(tmp_path) == CONFIG
+
+
+def test_settings_may_be_corrected_before_the_run_has_begun(tmp_path):
+    folders.claim(CONFIG, tmp_path)
+    corrected = dataclasses.replace(CONFIG, seed=1)
+    assert folders.claim(corrected, tmp_path) == []
+    assert folders.read_config(tmp_path) == corrected
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
@@ -133,6 +157,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     ],
 )
 def test_a_damaged_config_is_refused(tmp_path, content, part):
+    begin(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     for action in (
         lambda: folders.read_config(tmp_path),
@@ -212,14 +237,16 @@ def test_load_names_what_is_not_there(run, tmp_path_factory):
     assert "no complete checkpoint" in refusal(lambda: scale_sae_jax.load(empty))
 
 
-def test_load_refuses_a_checkpoint_of_other_sizes(run):
+@IGNORE_THEM
+def test_load_refuses_a_checkpoint_of_other_sizes(run, failing_reads):
     sae = dataclasses.replace(CONFIG.sae, latents=16)
     folders.write_json(run / "config.json", dataclasses.asdict(CONFIG) | {"sae": vars(sae)})
     assert "checkpoint 5" in refusal(lambda: scale_sae_jax.load(run))
 
 
+@IGNORE_THEM
 @pytest.mark.parametrize("pattern", ["state/_METADATA", "state/*ocdbt*", "state/**/d/*"])
-def test_load_refuses_a_damaged_checkpoint(run, pattern):
+def test_load_refuses_a_damaged_checkpoint(run, pattern, failing_reads):
     damaged = [p for p in (run / "checkpoints" / "5").glob(pattern) if p.is_file()]
     assert damaged
     for path in damaged:
