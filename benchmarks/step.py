@@ -1,6 +1,7 @@
 """Time of a training step, against what the machine's matrix multiply allows.
 
-    python -m benchmarks.step --preset=paper --d=768 --latents=24576 --experts=64 --active=2 --k=32 --batch=4096
+    python -m benchmarks.step --preset=paper --d=768 --latents=24576 --experts=64 --active=2 \
+        --k=32 --batch=4096
     python -m benchmarks.step --sweep=experts
 
 prints a JSON line a setting. Useful FLOPs are encoder and decoder forward, both weight gradients
@@ -62,12 +63,15 @@ def median_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def matmul_gflops(repeats: int) -> float:
-    a, b = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(4096, 768), (768, 6144)]))
+    a = jax.random.normal(jax.random.key(0), (4096, 768))
+    b = jax.random.normal(jax.random.key(1), (768, 6144))
     product = jax.jit(jnp.matmul)
     return 2 * 4096 * 768 * 6144 / median_seconds(lambda: product(a, b), repeats) / 1e9
 
 
-def measure(config: SAEConfig, width: int, batch: int, repeats: int) -> dict[str, float | int | str]:
+def measure(
+    config: SAEConfig, width: int, batch: int, repeats: int
+) -> dict[str, float | int | str]:
     """Times of one setting: the whole step, and forward and backward without the optimiser."""
     sae = build(config, width)
     adam = OptimConfig()

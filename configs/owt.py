@@ -1,4 +1,4 @@
-"""The paper's setting: GPT-2 small, output of block 8, OpenWebText, 24,576 latents, 82M activations.
+"""The paper's setting: GPT-2 small, block 8, OpenWebText, 24,576 latents, 82M activations.
 
     python -m experiments.train --config=configs/owt.py:l0=32 --workdir=runs/owt
 

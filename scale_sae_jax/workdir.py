@@ -30,7 +30,7 @@ def claim(config: Config, workdir: Path) -> list[str]:
     path = workdir / "config.json"
     remarks = []
     if path.exists() and any((workdir / name).exists() for name in BEGUN):
-        old, new = _flat(dataclasses.asdict(read_config(workdir))), _flat(dataclasses.asdict(config))
+        old, new = (_flat(dataclasses.asdict(c)) for c in (read_config(workdir), config))
         for name in new:
             if old[name] == new[name] or name in FREE or name.split(".")[0] in FREE_SECTIONS:
                 continue

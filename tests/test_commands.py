@@ -1,7 +1,6 @@
 """The commands as a user calls them: whole runs, kills, evaluation, and mistakes told in a line."""
 
 import json
-import os
 import signal
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Held-out batches for the evaluator: from documents through the language model, or from an array."""
+"""Held-out batches for the evaluator, from documents or from an array of activations."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice

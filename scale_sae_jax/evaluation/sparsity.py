@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 # Quarter decades of log10 firing frequency, the same for every run so that runs can be compared.
 DENSITY_EDGES = np.linspace(-8.0, 0.0, 33)

@@ -6,7 +6,8 @@ Three layouts, told apart by their keys (m latents an expert, N experts, width D
   `gate.weight` [N, D], `gate.bias` [N], `b_gate` [D], `b_dec` [D], `omega` [N],
   `lp_transform_encoder.weight` [D, D]; `beta` and `lp_transform_decoder.*` are never used;
 - the same without `omega`: the authors' arm without feature scaling;
-- Switch: `encoder.weight` [N m, D], `router.weight` [N, D], `decoder` [N m, D], `b_dec`, `b_router`.
+- Switch: `encoder.weight` [N m, D], `router.weight` [N, D], `decoder` [N m, D], `b_dec`,
+  `b_router`.
 """
 
 import dataclasses
@@ -97,7 +98,7 @@ def _get(arrays: dict[str, np.ndarray], name: str, shape: tuple[int | None, ...]
         raise UserError(f"checkpoint has no tensor '{name}': it holds {', '.join(sorted(arrays))}")
     array = arrays[name]
     fits = array.ndim == len(shape) and all(
-        want is None or have == want for have, want in zip(array.shape, shape)
+        want is None or have == want for have, want in zip(array.shape, shape, strict=True)
     )
     if not fits:
         raise UserError(f"checkpoint tensor '{name}' has shape {array.shape}, expected {shape}")

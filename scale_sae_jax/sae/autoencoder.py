@@ -23,7 +23,7 @@ class Autoencoder:
     """A sparse autoencoder of activations with D = `width` coordinates.
 
     All methods are pure functions of `params` and their arrays, and can be used inside `jax.jit`.
-    Activations are floats [..., D], NumPy or JAX, computed in float32; codes are sparse, see `Codes`.
+    Activations are floats [..., D], NumPy or JAX, computed in float32; codes are sparse: `Codes`.
     """
 
     module: nn.Module
@@ -47,7 +47,7 @@ class Autoencoder:
         return self.config.k
 
     def init(self, key: Array, first_batch: Float[Array, "T D"] | None = None) -> Params:
-        """Fresh parameters; with `first_batch`, b_dec and b_router start at its geometric median."""
+        """Fresh parameters; b_dec and b_router start at the geometric median of `first_batch`."""
         params = self.module.init(key, method="decoder")["params"]
         if first_batch is None:
             return params

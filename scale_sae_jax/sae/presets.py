@@ -27,7 +27,7 @@ PRESETS = {
 
 
 def preset(name: str, *, latents: int, experts: int, active: int, k: int) -> SAEConfig:
-    """The settings of a preset at a given size; `active` = 0 leaves the preset's own (switch 1, else 2).
+    """The settings of a preset at a given size; `active` = 0 means its own (switch 1, else 2).
 
     Raises UserError for an unknown name.
     """

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 def low_pass(
     w_enc: Float[Array, "N D M"], transform: Float[Array, "D D"] | None
 ) -> Float[Array, "N D"]:
-    """a_i: the mean encoder direction of each expert, passed through `transform` if there is one."""
+    """a_i: the mean encoder direction of each expert, through `transform` if there is one."""
     mean = w_enc.mean(axis=-1)
     return mean if transform is None else mean @ transform
 

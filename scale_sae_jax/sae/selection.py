@@ -13,7 +13,7 @@ from scale_sae_jax.sae.codes import Codes
 
 
 def latent_ids(experts: Int[Array, "T E"], size: int) -> Int[Array, "T W"]:
-    """Global ids of all latents of the selected experts, W = E * size, in the order of `experts`."""
+    """Global ids of all W = E * size latents of the selected experts, in their order."""
     ids = experts[..., None] * size + jnp.arange(size, dtype=experts.dtype)
     return ids.reshape(experts.shape[0], -1)
 
@@ -35,7 +35,7 @@ def per_expert(acts: Float[Array, "T E M"], experts: Int[Array, "T E"], k: int) 
 
 
 def per_batch(acts: Float[Array, "T E M"], experts: Int[Array, "T E"], k: int) -> Codes:
-    """The k * T largest latents of the whole batch (BatchTopK, arXiv 2412.06410); K = E * m slots."""
+    """The k * T largest latents of the batch (BatchTopK, arXiv 2412.06410); K = E * m slots."""
     tokens, _, size = acts.shape
     flat = acts.reshape(-1)
     _, winners = jax.lax.top_k(jax.lax.stop_gradient(flat), k * tokens)
@@ -47,6 +47,6 @@ def per_batch(acts: Float[Array, "T E M"], experts: Int[Array, "T E"], k: int) -
 def over_threshold(
     acts: Float[Array, "T E M"], experts: Int[Array, "T E"], threshold: Float[Array, ""]
 ) -> Codes:
-    """Every latent above `threshold`: BatchTopK at inference, where tokens must not see each other."""
+    """Every latent above `threshold`: BatchTopK at inference, where each token stands alone."""
     values = jnp.where(acts > threshold, acts, 0).reshape(acts.shape[0], -1)
     return Codes(values, latent_ids(experts, acts.shape[-1]))

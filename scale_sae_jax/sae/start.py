@@ -12,7 +12,7 @@ def uniform_encoder(key: Array, experts: int, width: int, size: int) -> Float[Ar
 
 
 def normalise(w_dec: Float[Array, "... M D"], norm: str) -> Float[Array, "... M D"]:
-    """Unit norm a latent ('latent'), or a coordinate inside an expert ('coordinate'); 'none' keeps."""
+    """Unit norm a latent ('latent') or a coordinate inside an expert ('coordinate'), or as is."""
     axis = {"latent": -1, "coordinate": -2, "none": None}[norm]
     if axis is None:
         return w_dec
