@@ -81,6 +81,11 @@ class ActivationsConfig:
     max_norm_ratio: float = 10.0
     shard_rows: int = 262_144
 
+    @property
+    def is_array(self) -> bool:
+        """Whether `path` names an array to train on, without a language model."""
+        return self.path.endswith(".npy")
+
 
 @dataclass(frozen=True)
 class SAEConfig:
@@ -217,6 +222,15 @@ def from_config_dict(settings: Any) -> Config:
     return config
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names, 'optim.lr'."""
+    flat = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
+
+
 def _build(kind: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{where} must hold named settings, not {values!r}")
@@ -286,7 +300,7 @@ def _check_sae(sae: SAEConfig) -> None:
 
 def _check_sources(config: Config) -> None:
     lm, text, activations = config.lm, config.text, config.activations
-    if activations.path.endswith(".npy"):
+    if activations.is_array:
         _require(
             0 < text.heldout_fraction < 1,
             f"config.text.heldout_fraction = {text.heldout_fraction} must lie between 0 and 1",

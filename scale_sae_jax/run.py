@@ -58,7 +58,7 @@ class Console:
 
 def check_sources(config: Config) -> None:
     """Refuses, before any work, what the model, text or array at hand does not allow."""
-    if _is_array(config):
+    if config.activations.is_array:
         return
     model = inspect_language_model(config.lm)
     if config.text.context > model.max_context:
@@ -74,7 +74,7 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
 
     Raises Interrupted when `stop` is set during a harvest; complete shards are kept.
     """
-    if _is_array(config):
+    if config.activations.is_array:
         return Sources(*open_array(config.activations.path, config.text.heldout_fraction), None)
     lm = load_language_model(config.lm)
     path = Path(config.activations.path or workdir / "activations")
@@ -205,10 +205,6 @@ def load(path: str | Path, step: int | str = "latest") -> tuple[Autoencoder, Par
         tx = optimiser(config.optim, config.sae.latents, config.steps, config.sae.decoder_norm)
         restored = checkpoints.restore(number, state.abstract(sae, tx))
     return sae, restored.params
-
-
-def _is_array(config: Config) -> bool:
-    return config.activations.path.endswith(".npy")
 
 
 def _resolved(config: Config) -> Config:

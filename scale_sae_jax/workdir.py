@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from scale_sae_jax.config import Config, from_config_dict
+from scale_sae_jax.config import Config, flatten, from_config_dict
 from scale_sae_jax.errors import UserError
 
 # Settings that do not decide what the next step computes from the same state.
@@ -30,7 +30,7 @@ def claim(config: Config, workdir: Path) -> list[str]:
     path = workdir / "config.json"
     remarks = []
     if path.exists() and any((workdir / name).exists() for name in BEGUN):
-        old, new = (_flat(dataclasses.asdict(c)) for c in (read_config(workdir), config))
+        old, new = (flatten(dataclasses.asdict(c)) for c in (read_config(workdir), config))
         for name in new:
             if old[name] == new[name] or name in FREE or name.split(".")[0] in FREE_SECTIONS:
                 continue
@@ -76,11 +76,3 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(partial, path)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat

@@ -21,7 +21,7 @@ from scale_sae_jax.activations.batches import permuted
 from scale_sae_jax.activations.forward import ReadableModel, Slab, run_model
 from scale_sae_jax.activations.masks import Fate, outliers
 from scale_sae_jax.activations.store import Counts, Manifest
-from scale_sae_jax.config import ActivationsConfig, LMConfig, TextConfig
+from scale_sae_jax.config import ActivationsConfig, LMConfig, TextConfig, flatten
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.text import sources
 from scale_sae_jax.text.packing import pack, row_batches
@@ -155,22 +155,13 @@ def _start(lm: ReadableModel, settings: dict[str, Any], folder: Path) -> Manifes
         return Manifest(lm.name, settings, fingerprint, settings["activations"]["dtype"])
     manifest = store.read_manifest(folder)
     if manifest.fingerprint != fingerprint:
-        there, here = _flat(manifest.settings), _flat(settings)
+        there, here = flatten(manifest.settings), flatten(settings)
         name = next((n for n in {**here, **there} if there.get(n) != here.get(n)), "settings")
         raise UserError(
             f"{folder} holds activations with {name} = {there.get(name)}, not {here.get(name)}: "
             "choose another --config.activations.path or delete the folder"
         )
     return manifest
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    flat = {}
-    for name, value in settings.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
 
 
 def _read_back(folder: Path, manifest: Manifest) -> tuple[_Moments, np.ndarray]:

@@ -141,12 +141,12 @@ class ScaleSAE(nn.Module):
         acts = self.gated(self.acts(x, routed), routed)
         survivors = self.survivors(acts, routed, training=True)
         codes = self.weighted(survivors, routed)
-        residual = x - self.decode(codes)
-        mse = jnp.square(residual).sum(-1).mean()
+        x_hat = self.decode(codes)
+        mse = losses.squared_error(x, x_hat)
         balance = routing.load_balance(routed, self.width, c.load_balance_from)
         auxk = jnp.zeros(())
         if c.auxk:
-            auxk = self.auxk(acts, routed, jax.lax.stop_gradient(residual), dead)
+            auxk = self.auxk(acts, routed, jax.lax.stop_gradient(x - x_hat), dead)
         return Loss(
             total=mse + c.load_balance * balance + c.auxk_weight * auxk,
             mse=mse,
