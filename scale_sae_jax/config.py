@@ -103,6 +103,8 @@ class SAEConfig:
     auxk: reconstruct the residual with dead latents; auxk_weight its weight, auxk_latents how many
         (0 = d/2). dead_after: tokens without firing after which a latent counts as dead.
     topk_scope: the k survivors are chosen a 'token', over the 'batch', or k/e in each 'expert'.
+    dtype: 'bfloat16' rounds the operands of the large products; sums, the router and the selection
+        stay in float32. kernel: how experts are multiplied (sae/kernels.py); 'auto' by platform.
     """
 
     architecture: str = "scale"
@@ -123,6 +125,8 @@ class SAEConfig:
     auxk_latents: int = 0
     dead_after: int = 10_000_000
     topk_scope: str = "token"
+    dtype: str = "float32"
+    kernel: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,8 @@ CHOICES = {
     "sae.decoder_norm": ("latent", "coordinate", "none"),
     "sae.load_balance_from": ("argmax", "selected"),
     "sae.topk_scope": ("token", "batch", "expert"),
+    "sae.dtype": ("float32", "bfloat16"),
+    "sae.kernel": ("auto", "loop", "tiles", "ragged"),
 }
 
 

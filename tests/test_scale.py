@@ -70,7 +70,7 @@ def assert_matches_reference(config, seed=0):
 OPTIONS = [
     dataclasses.replace(SMALL, **{name.removeprefix("sae."): value})
     for name, values in CHOICES.items()
-    if name.startswith("sae.")
+    if name.startswith("sae.") and name != "sae.dtype"
     for value in values
 ]
 CROSSED = [

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from scale_sae_jax.config import SAEConfig
-from scale_sae_jax.sae import losses, routing, scaling, selection, start
+from scale_sae_jax.sae import centring, kernels, losses, routing, scaling, selection, start
 from scale_sae_jax.sae.codes import Codes, Routing
-from scale_sae_jax.sae.decoding import decode_rows
-from scale_sae_jax.sae.grouped import selected_products
+from scale_sae_jax.sae.decoding import decode_experts, decode_rows
+from scale_sae_jax.sae.grouped import grouped_dot
+from scale_sae_jax.sae.groups import Groups, by_token, group
+from scale_sae_jax.sae.kernels import Kernel
 
 
 class Loss(NamedTuple):
@@ -65,44 +67,41 @@ class ScaleSAE(nn.Module):
         if c.topk_scope == "batch":
             self.threshold = self.param("threshold", zeros, ())
 
+    @property
+    def kernel(self) -> Kernel:
+        return kernels.choose(self.config.kernel)
+
     def route(self, x: Float[Array, "T D"]) -> Routing:
         return routing.route(x - self.b_router, self.w_router, self.c_router, self.config.active)
 
-    def acts(self, x: Float[Array, "T D"], routed: Routing) -> Float[Array, "T E M"]:
-        """ReLU((x - b_dec) W^_i + c_i) of the selected experts, before any gate."""
-        c, experts = self.config, routed.experts
-        centred = jax.lax.stop_gradient(x - self.b_dec)
-        pre = selected_products(centred, self.w_enc, experts)
-        if c.feature_scaling != "none":
-            direction = self.low_pass_directions()
-            pre = scaling.scale_features(pre, centred, experts, self.omega, direction)
-        return jax.nn.relu(pre + (self.b_enc + self.centring_bias())[experts])
+    def acts(
+        self, x: Float[Array, "T D"], routed: Routing, groups: Groups
+    ) -> Float[Array, "T E M"]:
+        """ReLU((x - b_dec) W^_i + c_i) of the selected experts, gated where the gate stands here.
 
-    def low_pass_directions(self) -> Float[Array, "N D"] | None:
-        kind = self.config.feature_scaling
-        if kind == "mean":
-            return scaling.low_pass(self.w_enc, None)
-        return scaling.low_pass(self.w_enc, self.low_pass) if kind == "mean_lp" else None
-
-    def scaled_encoder(self) -> Float[Array, "N D M"]:
-        """W^: the encoder with feature scaling written out."""
-        if self.config.feature_scaling == "none":
-            return self.w_enc
-        return scaling.scaled_encoder(self.w_enc, self.omega, self.low_pass_directions())
-
-    def centring_bias(self) -> Float[Array, "N M"]:
-        """Zero in value; carries the encoder's gradient to b_dec.
-
-        The big product sees a constant x - b_dec, so its backward pass needs no gradient for its
-        input: what b_dec would have got there is one [N, D] x [N, D, M] product here.
+        Up to the ReLU everything is in the order of experts; see `centring` for b_dec.
         """
-        offset = self.b_dec - jax.lax.stop_gradient(self.b_dec)  # [D]
-        return -jnp.einsum("d,ndm->nm", offset, jax.lax.stop_gradient(self.scaled_encoder()))
-
-    def gated(self, acts: Float[Array, "T E M"], routed: Routing) -> Float[Array, "T E M"]:
-        if self.config.gate_at == "output":
+        c = self.config
+        centred = jax.lax.stop_gradient(x - self.b_dec)
+        pre = grouped_dot(centred[groups.tokens], self.w_enc, groups, self.kernel, c.dtype)
+        shift = centring.shift(self.b_dec, self.w_enc)  # [N, M]
+        if c.feature_scaling != "none":
+            pre = scaling.scale_features(pre, self.along_low_pass(centred), self.omega, groups)
+            shift *= 1 + self.omega[:, None]
+        acts = jax.nn.relu(pre + (self.b_enc + shift)[groups.experts])
+        acts = by_token(acts, groups, x.shape[0])
+        if c.gate_at == "output":
             return acts
-        return acts * routing.gates(routed, self.config.gate)[..., None]
+        return acts * routing.gates(routed, c.gate)[..., None]
+
+    def along_low_pass(self, centred: Float[Array, "T D"]) -> Float[Array, "T N"] | None:
+        kind = self.config.feature_scaling
+        if kind == "gain":
+            return None
+        transform = self.low_pass if kind == "mean_lp" else None
+        direction = scaling.low_pass(self.w_enc, transform)  # [N, D]
+        offset = self.b_dec - jax.lax.stop_gradient(self.b_dec)  # 0, with b_dec's gradient
+        return centred @ direction.T - direction @ offset
 
     def weighted(self, codes: Codes, routed: Routing) -> Codes:
         """Survivors times their expert's gate, where the gate stands at the output."""
@@ -125,28 +124,42 @@ class ScaleSAE(nn.Module):
 
     def encode(self, x: Float[Array, "T D"]) -> Codes:
         routed = self.route(x)
-        acts = self.gated(self.acts(x, routed), routed)
+        acts = self.acts(x, routed, group(routed.experts, self.config.experts))
         return self.weighted(self.survivors(acts, routed, training=False), routed)
 
     def decode(self, codes: Codes) -> Float[Array, "T D"]:
-        return decode_rows(codes.values, codes.ids, self.decoder()) + self.b_dec
+        return decode_rows(codes.values, codes.ids, self.decoder(), self.config.dtype) + self.b_dec
 
     def decoder(self) -> Float[Array, "L D"]:
         return self.w_dec.reshape(-1, self.width)
+
+    def decoded(
+        self, codes: Codes, routed: Routing, groups: Groups, w_dec: Float[Array, "N M D"]
+    ) -> Float[Array, "T D"]:
+        """sum of value * decoder row, by whichever way costs less."""
+        width = self.config.active * w_dec.shape[1]
+        if width > self.kernel.gathered_row * codes.ids.shape[1]:
+            rows = w_dec.reshape(-1, self.width)
+            return decode_rows(codes.values, codes.ids, rows, self.config.dtype)
+        return decode_experts(
+            codes, routed.experts, w_dec, groups, self.kernel, self.config.dtype
+        )
 
     def loss(self, x: Float[Array, "T D"], dead: Bool[Array, " L"]) -> Loss:
         """mean |x - x^|^2 + alpha d N sum_i f_i P_i (+ AuxK); `dead` [N * M] by global id."""
         c = self.config
         routed = self.route(x)
-        acts = self.gated(self.acts(x, routed), routed)
+        groups = group(routed.experts, c.experts)
+        acts = self.acts(x, routed, groups)
         survivors = self.survivors(acts, routed, training=True)
         codes = self.weighted(survivors, routed)
-        x_hat = self.decode(codes)
+        x_hat = self.decoded(codes, routed, groups, self.w_dec) + self.b_dec
         mse = losses.squared_error(x, x_hat)
         balance = routing.load_balance(routed, self.width, c.load_balance_from)
         auxk = jnp.zeros(())
         if c.auxk:
-            auxk = self.auxk(acts, routed, jax.lax.stop_gradient(x - x_hat), dead)
+            residual = jax.lax.stop_gradient(x - x_hat)
+            auxk = self.auxk(acts, routed, groups, residual, dead)
         return Loss(
             total=mse + c.load_balance * balance + c.auxk_weight * auxk,
             mse=mse,
@@ -161,14 +174,15 @@ class ScaleSAE(nn.Module):
         self,
         acts: Float[Array, "T E M"],
         routed: Routing,
+        groups: Groups,
         residual: Float[Array, "T D"],
         dead: Bool[Array, " L"],
     ) -> Float[Array, ""]:
         """mean |r - r^|^2, r^ the residual r rebuilt from dead latents; 0 while none is dead."""
         slots = min(self.config.auxk_latents or self.width // 2, acts.shape[1] * acts.shape[2])
 
-        def rebuild(decoder: Float[Array, "L D"]) -> Float[Array, ""]:
+        def rebuild(w_dec: Float[Array, "N M D"]) -> Float[Array, ""]:
             codes = self.weighted(losses.dead_codes(acts, routed.experts, dead, slots), routed)
-            return losses.squared_error(residual, decode_rows(codes.values, codes.ids, decoder))
+            return losses.squared_error(residual, self.decoded(codes, routed, groups, w_dec))
 
-        return jax.lax.cond(dead.any(), rebuild, lambda _: jnp.zeros(()), self.decoder())
+        return jax.lax.cond(dead.any(), rebuild, lambda _: jnp.zeros(()), self.w_dec)

@@ -9,7 +9,9 @@ one scalar a token and expert, and no second matrix (Scale SAE, section 3, featu
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from scale_sae_jax.sae.groups import Groups
 
 
 def low_pass(
@@ -21,32 +23,18 @@ def low_pass(
 
 
 def scale_features(
-    products: Float[Array, "T E M"],
-    x: Float[Array, "T D"],
-    experts: Int[Array, "T E"],
+    products: Float[Array, "P M"],
+    along: Float[Array, "T N"] | None,
     omega: Float[Array, " N"],
-    direction: Float[Array, "N D"] | None,
-) -> Float[Array, "T E M"]:
-    """x W^ from `products` = x W of the selected experts.
+    groups: Groups,
+) -> Float[Array, "P M"]:
+    """x W^ from `products` = x W of the selected experts, in the order of experts.
 
     Args:
-      x: the same centred activations that went into `products`.
-      direction: a_i; None scales the whole encoder (the control `gain`).
+      along: x . a_i of every token and expert; None scales the whole encoder (control `gain`).
     """
-    scale = omega[experts][..., None]  # [T, E, 1]
+    scale = omega[groups.experts][:, None]  # [P, 1]
     scaled = (1 + scale) * products
-    if direction is None:
+    if along is None:
         return scaled
-    along = jnp.take_along_axis(x @ direction.T, experts, axis=-1)  # [T, E]
-    return scaled - scale * along[..., None]
-
-
-def scaled_encoder(
-    w_enc: Float[Array, "N D M"],
-    omega: Float[Array, " N"],
-    direction: Float[Array, "N D"] | None,
-) -> Float[Array, "N D M"]:
-    """W^ written out, for exports and for the reference."""
-    omega = omega[:, None, None]
-    scaled = (1 + omega) * w_enc
-    return scaled if direction is None else scaled - omega * direction[..., None]
+    return scaled - scale * along[groups.tokens, groups.experts][:, None]

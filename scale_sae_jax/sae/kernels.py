@@ -1,0 +1,173 @@
+"""Three ways to multiply each expert's run of rows by that expert's matrix, and nothing else.
+
+A kernel is two products over rows in the order of their experts (`Groups`):
+
+    dot    rows [P, A], w [N, A, B] -> [P, B]     row p times the matrix of its expert
+    outer  rows [P, A], grads [P, B] -> [N, A, B]  sum of outer products over each expert's rows
+
+with float32 sums whatever the dtype of the operands. `dot` takes w [N, B, A] where `transposed`.
+
+loop    tiles of rows one after the other; only tiles that exist cost anything. Best on CPUs.
+tiles   all tiles at once, as one batched product over gathered matrices. For GPUs.
+ragged  `jax.lax.ragged_dot`. For TPUs; on CPUs, and on GPUs by default, it lowers to dense work.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from scale_sae_jax.sae.groups import Groups
+
+
+class Kernel(NamedTuple):
+    """dot(rows, w, groups, transposed) and outer(rows, grads, groups).
+
+    gathered_row: gathering one decoder row takes as long as multiplying by so many of them.
+    """
+
+    dot: Callable[[Array, Array, Groups, bool], Array]
+    outer: Callable[[Array, Array, Groups], Array]
+    gathered_row: int
+
+
+class Tiles(NamedTuple):
+    """Each expert's run, cut into tiles of R rows; a run's last tile reaches beyond it.
+
+    expert, start, stop [B]: expert of each tile, its first row, and the end of its expert's run.
+    first [N]: first tile of each expert. used: tiles that exist; those after it are void.
+    """
+
+    expert: Int[Array, " B"]
+    start: Int[Array, " B"]
+    stop: Int[Array, " B"]
+    first: Int[Array, " N"]
+    used: Int[Array, ""]
+
+
+def tile_rows(pairs: int, experts: int) -> int:
+    """R: a quarter more than the mean run, so that most runs fit one tile; 32 to 256."""
+    return min(max(-(-5 * pairs // (4 * experts * 32)) * 32, 32), 256)
+
+
+def cut(sizes: Int[Array, " N"], pairs: int, rows: int) -> Tiles:
+    """Tiles of `rows` rows; there is room for the largest number that any load needs."""
+    experts = sizes.shape[0]
+    most = pairs // rows + min(experts, pairs)
+    count = -(-sizes // rows)
+    last = jnp.cumsum(count)
+    begin = jnp.cumsum(sizes) - sizes
+    tile = jnp.arange(most, dtype=jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(last, tile, side="right"), experts - 1)
+    return Tiles(
+        expert=expert,
+        start=begin[expert] + (tile - (last - count)[expert]) * rows,
+        stop=(begin + sizes)[expert],
+        first=last - count,
+        used=last[-1],
+    )
+
+
+def _product(rows: Array, w: Array, transposed: bool) -> Array:
+    """rows w or rows w^T over any leading axes, summed in float32."""
+    spec = "...ra,...ba->...rb" if transposed else "...ra,...ab->...rb"
+    return jnp.einsum(spec, rows, w, preferred_element_type=jnp.float32)
+
+
+def _outer(rows: Array, grads: Array) -> Array:
+    return jnp.einsum("...ra,...rb->...ab", rows, grads, preferred_element_type=jnp.float32)
+
+
+def _loop_dot(
+    rows: Float[Array, "P A"], w: Float[Array, "N X Y"], groups: Groups, transposed: bool
+) -> Float[Array, "P B"]:
+    """Tiles are written in order, so what a tile computes beyond its run is overwritten."""
+    pairs, size = rows.shape[0], tile_rows(rows.shape[0], w.shape[0])
+    tiles = cut(groups.sizes, pairs, size)
+
+    def body(t, out):
+        start = tiles.start[t]
+        tile = rows.at[start + jnp.arange(size)].get(mode="clip")
+        product = _product(tile, w[tiles.expert[t]], transposed)
+        return jax.lax.dynamic_update_slice_in_dim(out, product, start, axis=0)
+
+    out = jnp.zeros((pairs + size, w.shape[1 if transposed else 2]), jnp.float32)
+    return jax.lax.fori_loop(0, tiles.used, body, out)[:pairs]
+
+
+def _loop_outer(
+    rows: Float[Array, "P A"], grads: Float[Array, "P B"], groups: Groups
+) -> Float[Array, "N A B"]:
+    experts, pairs = groups.sizes.shape[0], rows.shape[0]
+    size = tile_rows(pairs, experts)
+    tiles = cut(groups.sizes, pairs, size)
+
+    def body(t, out):
+        place = tiles.start[t] + jnp.arange(size)
+        inside = (place < tiles.stop[t])[:, None]
+        right = jnp.where(inside, grads.at[place].get(mode="clip"), 0)
+        return out.at[tiles.expert[t]].add(_outer(rows.at[place].get(mode="clip"), right))
+
+    out = jnp.zeros((experts, rows.shape[1], grads.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(0, tiles.used, body, out)
+
+
+def _tiles_dot(
+    rows: Float[Array, "P A"], w: Float[Array, "N X Y"], groups: Groups, transposed: bool
+) -> Float[Array, "P B"]:
+    pairs, size = rows.shape[0], tile_rows(rows.shape[0], w.shape[0])
+    tiles = cut(groups.sizes, pairs, size)
+    gathered = rows.at[tiles.start[:, None] + jnp.arange(size)].get(mode="clip")  # [B, R, A]
+    products = _product(gathered, w[tiles.expert], transposed)
+    first = tiles.first[groups.experts]
+    place = first * size + jnp.arange(pairs) - tiles.start[first]
+    return products.reshape(-1, products.shape[-1])[place]
+
+
+def _tiles_outer(
+    rows: Float[Array, "P A"], grads: Float[Array, "P B"], groups: Groups
+) -> Float[Array, "N A B"]:
+    experts, pairs = groups.sizes.shape[0], rows.shape[0]
+    size = tile_rows(pairs, experts)
+    tiles = cut(groups.sizes, pairs, size)
+    place = tiles.start[:, None] + jnp.arange(size)  # [B, R]
+    exists = jnp.arange(tiles.start.shape[0]) < tiles.used
+    inside = (place < tiles.stop[:, None]) & exists[:, None]
+    right = jnp.where(inside[..., None], grads.at[place].get(mode="clip"), 0)
+    products = _outer(rows.at[place].get(mode="clip"), right)  # [B, A, B']
+    out = jnp.zeros((experts, *products.shape[1:]), jnp.float32)
+    return out.at[tiles.expert].add(products, indices_are_sorted=True)
+
+
+def _ragged_dot(
+    rows: Float[Array, "P A"], w: Float[Array, "N X Y"], groups: Groups, transposed: bool
+) -> Float[Array, "P B"]:
+    return _ragged(rows, w, groups, (((1,), (2 if transposed else 1,)), ((), ())), (0,))
+
+
+def _ragged_outer(
+    rows: Float[Array, "P A"], grads: Float[Array, "P B"], groups: Groups
+) -> Float[Array, "N A B"]:
+    return _ragged(rows, grads, groups, (((0,), (0,)), ((), ())), ())
+
+
+def _ragged(left: Array, right: Array, groups: Groups, dims, group_dims) -> Array:
+    numbers = jax.lax.RaggedDotDimensionNumbers(dims, (0,), group_dims)
+    return jax.lax.ragged_dot_general(
+        left, right, groups.sizes, numbers, preferred_element_type=jnp.float32
+    )
+
+
+KERNELS = {
+    "loop": Kernel(_loop_dot, _loop_outer, gathered_row=16),
+    "tiles": Kernel(_tiles_dot, _tiles_outer, gathered_row=100),
+    "ragged": Kernel(_ragged_dot, _ragged_outer, gathered_row=100),
+}
+BEST = {"cpu": "loop", "gpu": "tiles", "tpu": "ragged"}
+
+
+def choose(name: str) -> Kernel:
+    """The kernel of that name; 'auto' takes the one for the platform that JAX computes on."""
+    return KERNELS[BEST.get(jax.default_backend(), "tiles") if name == "auto" else name]
