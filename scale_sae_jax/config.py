@@ -157,11 +157,15 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run. batch_size counts activations; the three `_every` count steps (0 = never)."""
+    """A run. batch_size counts activations; the two `_every` count steps (checkpoints: 0 = never).
+
+    steps_per_call: steps that one compiled call takes; they share their temporary memory.
+    """
 
     seed: int = 0
     steps: int = 10_000
     batch_size: int = 8192
+    steps_per_call: int = 8
     log_every: int = 50
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
@@ -264,7 +268,7 @@ def check(config: Config) -> None:
         section, name = path.split(".")
         value = getattr(getattr(config, section), name)
         _require(value in allowed, f"config.{path} = '{value}' must be one of {', '.join(allowed)}")
-    for name in ("steps", "batch_size", "log_every", "keep_checkpoints"):
+    for name in ("steps", "batch_size", "steps_per_call", "log_every", "keep_checkpoints"):
         value = getattr(config, name)
         _require(value > 0, f"config.{name} = {value} must be at least 1")
     _require(config.checkpoint_every >= 0, "config.checkpoint_every must not be negative")

@@ -64,7 +64,7 @@ def step_of(config, dead_after):
     sae = build(config, WIDTH)
     tx = optimiser(CONFIG.optim, config.latents, 100, config.decoder_norm)
     rate = schedule(CONFIG.optim, config.latents, 100)
-    return sae, state.create(sae, tx, 0), make_step(sae, tx, rate, dead_after)
+    return sae, state.create(sae, tx, 0), jax.jit(make_step(sae, tx, rate, dead_after))
 
 
 def leaves(train_state):

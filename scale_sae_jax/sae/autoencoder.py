@@ -78,8 +78,13 @@ class Autoencoder:
         """Decoder rows in the order of global latent ids."""
         return self._apply(params, "decoder")
 
-    def loss(self, params: Params, x: Float[AnyArray, "T D"], dead: Bool[AnyArray, " L"]) -> Any:
-        """The training loss of one batch and its parts; see `Loss` beside the module."""
+    def loss(
+        self, params: Params, x: Float[AnyArray, "T D"], dead: Bool[AnyArray, " L"] | None
+    ) -> Any:
+        """The training loss of one batch and its parts; see `Loss` beside the module.
+
+        `dead` marks the latents that AuxK revives, by global id; None where there are none.
+        """
         return self._apply(params, "loss", self._rows(x), dead)
 
     def n_params(self, params: Params) -> int:

@@ -1,9 +1,8 @@
-"""Encoding x - b_dec as if x - b_dec were a constant, with b_dec's gradient on another way.
+"""Products with x - b whose gradient for b does not cost one for all of x.
 
-In x - b_dec only b_dec is trained, and one vector's gradient should not cost a [T, D] one. So the
-products of the encoder see the constant c = x - b_dec, and what b_dec would have added to them,
--(b_dec - constant) W_i = 0, is added by expert: its gradient is one sum over tokens and then one
-product of the size of the encoder.
+Training needs the gradient of the vector b alone, and (sum_t g_t) W^T is cheaper than
+sum_t (g_t W^T). So products see x - b with b held constant, and what b would have added to them,
+-(b - constant) W = 0, is added once for all tokens.
 """
 
 import jax
@@ -11,9 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def offset(b: Float[Array, " D"]) -> Float[Array, " D"]:
+    """b - constant: zeros, with the gradient of b."""
+    return b - jax.lax.stop_gradient(b)
+
+
 @jax.custom_vjp
 def shift(b_dec: Float[Array, " D"], w: Float[Array, "N D M"]) -> Float[Array, "N M"]:
-    """-(b_dec - constant) W_i: zeros, with the gradient of b_dec."""
+    """-(b_dec - constant) W_i, not computed, for it is 0; but with the gradient of b_dec."""
     return jnp.zeros((w.shape[0], w.shape[2]), w.dtype)
 
 

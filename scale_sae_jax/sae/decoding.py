@@ -1,14 +1,15 @@
-"""Decoding, the sum over a token's latents of value times decoder row, in two ways.
+"""Decoding, the sum over a token's latents of value times decoder row, and its squared error.
 
-`decode_rows` gathers the K rows of each token: work grows with K. Tokens go through in chunks, so
-that at most about `CHUNK_ELEMENTS` gathered numbers are alive; the backward pass scatters each
-chunk's outer products into one [M, D] buffer.
+There are two ways to each product. Gathering and scattering decoder rows costs work that grows with
+K; multiplying the dense code of the selected experts costs work that grows with E * m, but it is
+all matrix products. `Kernel` says how many dense rows are worth a gathered and a scattered one.
 
-`decode_experts` multiplies the dense code of the selected experts by their decoders: work grows
-with E * m, but it is all matrix products. It wins where few latents are left out.
+Gathered rows go through in chunks of about `CHUNK_ELEMENTS` numbers, which stay in a cache.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,27 +20,9 @@ from scale_sae_jax.sae.codes import Codes
 from scale_sae_jax.sae.grouped import grouped_dot
 from scale_sae_jax.sae.groups import Groups, by_expert, by_token
 from scale_sae_jax.sae.kernels import Kernel
+from scale_sae_jax.sae.losses import mean_square
 
-CHUNK_ELEMENTS = 1 << 20
-
-
-def decode_experts(
-    codes: Codes,
-    experts: Int[Array, "T E"],
-    w_dec: Float[Array, "N M D"],
-    groups: Groups,
-    kernel: Kernel,
-    dtype: DTypeLike = jnp.float32,
-) -> Float[Array, "T D"]:
-    """The same sum for codes of the selected experts' latents."""
-    tokens, active = experts.shape
-    size = w_dec.shape[1]
-    place = (codes.ids[..., None] // size == experts[:, None, :]).argmax(-1)  # [T, K]
-    slots = place * size + codes.ids % size
-    dense = jnp.zeros((tokens, active * size), codes.values.dtype)
-    dense = dense.at[jnp.arange(tokens)[:, None], slots].add(codes.values)
-    rows = by_expert(dense.reshape(tokens, active, size), groups)
-    return by_token(grouped_dot(rows, w_dec, groups, kernel, dtype), groups, tokens).sum(1)
+CHUNK_ELEMENTS = 3 << 17
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -50,47 +33,147 @@ def decode_rows(
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "T D"]:
     """sum_k values[t, k] * rows[ids[t, k]], with operands rounded to `dtype`, float32 sums."""
-    width = rows.shape[1]
-    rows = rows.astype(dtype)
+    rounded = rows.astype(dtype)
 
-    def decode(chunk):
-        v, i = chunk  # [C, K], [C, K]
-        return _einsum("tk,tkd->td", v.astype(dtype), rows[i])
+    def decode(v, i):
+        return _einsum("tk,tkd->td", v.astype(dtype), rounded[i])
 
-    decoded = jax.lax.map(decode, (_chunked(values, width), _chunked(ids, width)))
-    return decoded.reshape(-1, width)[: values.shape[0]]
+    return _by_chunks(decode, _chunk_size(values, rows), values, ids)
 
 
-def _forward(values, ids, rows, dtype):
+def _decode_forward(values, ids, rows, dtype):
     return decode_rows(values, ids, rows, dtype), (values, ids, rows)
 
 
-def _backward(dtype, saved, grad):
+def _decode_backward(dtype, saved, grad):
     values, ids, rows = saved
-    tokens, slots = values.shape
-    width = rows.shape[1]
     rounded = rows.astype(dtype)
+
+    def values_gradient(i, g):
+        return _einsum("td,tkd->tk", g.astype(dtype), rounded[i])
+
+    d_values = _by_chunks(values_gradient, _chunk_size(values, rows), ids, grad)
+    return d_values, None, scatter_rows(values, ids, grad, rows)
+
+
+decode_rows.defvjp(_decode_forward, _decode_backward)
+
+
+def squared_error(
+    target: Float[Array, "T D"],
+    codes: Codes,
+    experts: Int[Array, "T E"],
+    w_dec: Float[Array, "N M D"],
+    groups: Groups,
+    kernel: Kernel,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float[Array, ""], Float[Array, "T D"]]:
+    """mean_t |target - decoded|^2 of codes of the selected experts, and target - decoded.
+
+    The residual is a constant: no gradient flows through it.
+    """
+    width = experts.shape[1] * w_dec.shape[1]
+    if width > kernel.gathered_row * codes.ids.shape[1]:
+        return _error_by_rows(*codes, experts, w_dec, target, groups, kernel, dtype)
+    rows = dense_rows(*codes, experts, w_dec.shape[1], groups)
+    decoded = by_token(grouped_dot(rows, w_dec, groups, kernel, dtype), groups, len(target)).sum(1)
+    residual = target - decoded
+    return mean_square(residual), jax.lax.stop_gradient(residual)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _error_by_rows(values, ids, experts, w_dec, target, groups, kernel, dtype):
+    residual = target - decode_rows(values, ids, _flat(w_dec), dtype)
+    return mean_square(residual), residual
+
+
+def _error_forward(values, ids, experts, w_dec, target, groups, kernel, dtype):
+    """Takes the gradient of the values along, so that rows are gathered once only."""
+    rows = _flat(w_dec).astype(dtype)
+
+    def chunk(v, i, goal):
+        gathered = rows[i]  # [C, K, D]
+        residual = goal - _einsum("tk,tkd->td", v.astype(dtype), gathered)
+        return residual, _einsum("td,tkd->tk", residual.astype(dtype), gathered)
+
+    residual, along = _by_chunks(chunk, _chunk_size(values, rows), values, ids, target)
+    saved = values, ids, experts, w_dec, groups, residual, along
+    return (mean_square(residual), residual), saved
+
+
+def _error_backward(kernel, dtype, saved, grads):
+    values, ids, experts, w_dec, groups, residual, along = saved
+    scale = -2 * grads[0] / values.shape[0]  # d(error) = scale * residual . d(decoded)
+    size = w_dec.shape[1]
+    if experts.shape[1] * size > kernel.scattered_row * ids.shape[1]:
+        d_rows = scatter_rows(scale * values, ids, residual, _flat(w_dec))
+    else:
+        rows = dense_rows(scale * values, ids, experts, size, groups)
+        d_rows = kernel.outer(rows.astype(dtype), residual.astype(dtype)[groups.tokens], groups)
+    d_w = d_rows.reshape(w_dec.shape).astype(w_dec.dtype)
+    return scale * along, None, None, d_w, -scale * residual, None
+
+
+_error_by_rows.defvjp(_error_forward, _error_backward)
+
+
+def dense_rows(
+    values: Float[Array, "T K"],
+    ids: Int[Array, "T K"],
+    experts: Int[Array, "T E"],
+    size: int,
+    groups: Groups,
+) -> Float[Array, "P M"]:
+    """The dense codes of each selected expert's `size` latents, in the order of experts."""
+    tokens, active = experts.shape
+    place = (ids[..., None] // size == experts[:, None, :]).argmax(-1)  # [T, K]
+    slots = place * size + ids % size
+    dense = jnp.zeros((tokens, active * size), values.dtype)
+    dense = dense.at[jnp.arange(tokens)[:, None], slots].add(values)
+    return by_expert(dense.reshape(tokens, active, size), groups)
+
+
+def scatter_rows(
+    values: Float[Array, "T K"],
+    ids: Int[Array, "T K"],
+    grad: Float[Array, "T D"],
+    rows: Float[Array, "L D"],
+) -> Float[Array, "L D"]:
+    """Gradient of `rows`: values[t, k] * grad[t], summed over the tokens and slots of each row."""
 
     def step(d_rows, chunk):
         v, i, g = chunk  # [C, K], [C, K], [C, D]
-        d_values = _einsum("td,tkd->tk", g.astype(dtype), rounded[i])
-        return d_rows.at[i].add(v[..., None] * g[:, None, :]), d_values
+        return d_rows.at[i].add(v[..., None] * g[:, None, :]), None
 
-    chunks = (_chunked(values, width), _chunked(ids, width), _chunked(grad, width, slots))
-    d_rows, d_values = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), chunks)
-    return d_values.reshape(-1, slots)[:tokens], None, d_rows.astype(rows.dtype)
+    size = _chunk_size(values, rows)
+    chunks = tuple(_chunked(array, size) for array in (values, ids, grad))
+    d_rows, _ = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), chunks)
+    return d_rows.astype(rows.dtype)
 
 
-decode_rows.defvjp(_forward, _backward)
+def _flat(w_dec: Float[Array, "N M D"]) -> Float[Array, "L D"]:
+    return w_dec.reshape(-1, w_dec.shape[-1])
 
 
 def _einsum(spec: str, left: Array, right: Array) -> Array:
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
-def _chunked(array: Array, width: int, slots: int | None = None) -> Array:
+def _by_chunks(function: Callable, size: int, *arrays: Array) -> Any:
+    """function(*arrays) over chunks of `size` tokens."""
+    tokens = arrays[0].shape[0]
+    chunks = tuple(_chunked(array, size) for array in arrays)
+    results = jax.lax.map(lambda chunk: function(*chunk), chunks)
+    return jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:])[:tokens], results)
+
+
+def _chunk_size(values: Array, rows: Array) -> int:
+    """Tokens whose gathered rows are `CHUNK_ELEMENTS` numbers."""
+    tokens, slots = values.shape
+    return max(1, min(tokens, CHUNK_ELEMENTS // (slots * rows.shape[1])))
+
+
+def _chunked(array: Array, size: int) -> Array:
     """[T, ...] as [chunks, C, ...], padded with zeros (a zero value decodes to nothing)."""
-    tokens = array.shape[0]
-    size = max(1, min(tokens, CHUNK_ELEMENTS // (width * (slots or array.shape[1]))))
-    padding = [(0, -tokens % size)] + [(0, 0)] * (array.ndim - 1)
+    padding = [(0, -array.shape[0] % size)] + [(0, 0)] * (array.ndim - 1)
     return jnp.pad(array, padding).reshape(-1, size, *array.shape[1:])

@@ -25,12 +25,14 @@ from scale_sae_jax.sae.groups import Groups
 class Kernel(NamedTuple):
     """dot(rows, w, groups, transposed) and outer(rows, grads, groups).
 
-    gathered_row: gathering one decoder row takes as long as multiplying by so many of them.
+    gathered_row, scattered_row: gathering a decoder row to multiply by it, or adding to one, takes
+    as long as multiplying by so many of them.
     """
 
     dot: Callable[[Array, Array, Groups, bool], Array]
     outer: Callable[[Array, Array, Groups], Array]
     gathered_row: int
+    scattered_row: int
 
 
 class Tiles(NamedTuple):
@@ -161,9 +163,9 @@ def _ragged(left: Array, right: Array, groups: Groups, dims, group_dims) -> Arra
 
 
 KERNELS = {
-    "loop": Kernel(_loop_dot, _loop_outer, gathered_row=16),
-    "tiles": Kernel(_tiles_dot, _tiles_outer, gathered_row=100),
-    "ragged": Kernel(_ragged_dot, _ragged_outer, gathered_row=100),
+    "loop": Kernel(_loop_dot, _loop_outer, gathered_row=12, scattered_row=40),
+    "tiles": Kernel(_tiles_dot, _tiles_outer, gathered_row=100, scattered_row=100),
+    "ragged": Kernel(_ragged_dot, _ragged_outer, gathered_row=100, scattered_row=100),
 }
 BEST = {"cpu": "loop", "gpu": "tiles", "tpu": "ragged"}
 

@@ -4,21 +4,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from scale_sae_jax.sae import centring
 from scale_sae_jax.sae.codes import Routing
 
 
 def route(
     x: Float[Array, "T D"],
+    b_router: Float[Array, " D"],
     w_router: Float[Array, "D N"],
-    bias: Float[Array, " N"],
+    c_router: Float[Array, " N"],
     active: int,
 ) -> Routing:
-    """p = softmax(x W + c) and the `active` most probable experts (Scale SAE, section 3, router).
-
-    Args:
-      x: activations with the router's bias b_router already subtracted.
-    """
-    logits = x @ w_router + bias
+    """p = softmax((x - b) W + c) and the `active` most probable experts (Scale SAE, section 3)."""
+    bias = c_router - centring.offset(b_router) @ w_router
+    logits = (x - jax.lax.stop_gradient(b_router)) @ w_router + bias
     probs = jax.nn.softmax(logits, axis=-1)
     _, experts = jax.lax.top_k(probs, active)
     return Routing(logits, probs, jnp.sort(experts, axis=-1))

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from scale_sae_jax.config import SAEConfig
-from scale_sae_jax.sae import centring, kernels, losses, routing, scaling, selection, start
+from scale_sae_jax.sae import centring, decoding, kernels, routing, scaling, selection, start
 from scale_sae_jax.sae.codes import Codes, Routing
-from scale_sae_jax.sae.decoding import decode_experts, decode_rows
 from scale_sae_jax.sae.grouped import grouped_dot
 from scale_sae_jax.sae.groups import Groups, by_token, group
 from scale_sae_jax.sae.kernels import Kernel
@@ -72,7 +71,7 @@ class ScaleSAE(nn.Module):
         return kernels.choose(self.config.kernel)
 
     def route(self, x: Float[Array, "T D"]) -> Routing:
-        return routing.route(x - self.b_router, self.w_router, self.c_router, self.config.active)
+        return routing.route(x, self.b_router, self.w_router, self.c_router, self.config.active)
 
     def acts(
         self, x: Float[Array, "T D"], routed: Routing, groups: Groups
@@ -82,7 +81,7 @@ class ScaleSAE(nn.Module):
         Up to the ReLU everything is in the order of experts; see `centring` for b_dec.
         """
         c = self.config
-        centred = jax.lax.stop_gradient(x - self.b_dec)
+        centred = x - jax.lax.stop_gradient(self.b_dec)
         pre = grouped_dot(centred[groups.tokens], self.w_enc, groups, self.kernel, c.dtype)
         shift = centring.shift(self.b_dec, self.w_enc)  # [N, M]
         if c.feature_scaling != "none":
@@ -100,8 +99,7 @@ class ScaleSAE(nn.Module):
             return None
         transform = self.low_pass if kind == "mean_lp" else None
         direction = scaling.low_pass(self.w_enc, transform)  # [N, D]
-        offset = self.b_dec - jax.lax.stop_gradient(self.b_dec)  # 0, with b_dec's gradient
-        return centred @ direction.T - direction @ offset
+        return centred @ direction.T - direction @ centring.offset(self.b_dec)
 
     def weighted(self, codes: Codes, routed: Routing) -> Codes:
         """Survivors times their expert's gate, where the gate stands at the output."""
@@ -128,38 +126,38 @@ class ScaleSAE(nn.Module):
         return self.weighted(self.survivors(acts, routed, training=False), routed)
 
     def decode(self, codes: Codes) -> Float[Array, "T D"]:
-        return decode_rows(codes.values, codes.ids, self.decoder(), self.config.dtype) + self.b_dec
+        return decoding.decode_rows(*codes, self.decoder(), self.config.dtype) + self.b_dec
 
     def decoder(self) -> Float[Array, "L D"]:
         return self.w_dec.reshape(-1, self.width)
 
-    def decoded(
-        self, codes: Codes, routed: Routing, groups: Groups, w_dec: Float[Array, "N M D"]
-    ) -> Float[Array, "T D"]:
-        """sum of value * decoder row, by whichever way costs less."""
-        width = self.config.active * w_dec.shape[1]
-        if width > self.kernel.gathered_row * codes.ids.shape[1]:
-            rows = w_dec.reshape(-1, self.width)
-            return decode_rows(codes.values, codes.ids, rows, self.config.dtype)
-        return decode_experts(
-            codes, routed.experts, w_dec, groups, self.kernel, self.config.dtype
+    def squared_error(
+        self, target: Float[Array, "T D"], codes: Codes, routed: Routing, groups: Groups
+    ) -> tuple[Float[Array, ""], Float[Array, "T D"]]:
+        return decoding.squared_error(
+            target, codes, routed.experts, self.w_dec, groups, self.kernel, self.config.dtype
         )
 
-    def loss(self, x: Float[Array, "T D"], dead: Bool[Array, " L"]) -> Loss:
-        """mean |x - x^|^2 + alpha d N sum_i f_i P_i (+ AuxK); `dead` [N * M] by global id."""
+    def loss(self, x: Float[Array, "T D"], dead: Bool[Array, " L"] | None) -> Loss:
+        """mean |x - x^|^2 + alpha d N sum_i f_i P_i (+ AuxK).
+
+        Args:
+          dead: latents that AuxK revives, [N * M] by global id; None where there are none.
+        """
         c = self.config
         routed = self.route(x)
         groups = group(routed.experts, c.experts)
         acts = self.acts(x, routed, groups)
         survivors = self.survivors(acts, routed, training=True)
         codes = self.weighted(survivors, routed)
-        x_hat = self.decoded(codes, routed, groups, self.w_dec) + self.b_dec
-        mse = losses.squared_error(x, x_hat)
+        mse, residual = self.squared_error(x - self.b_dec, codes, routed, groups)
         balance = routing.load_balance(routed, self.width, c.load_balance_from)
         auxk = jnp.zeros(())
-        if c.auxk:
-            residual = jax.lax.stop_gradient(x - x_hat)
-            auxk = self.auxk(acts, routed, groups, residual, dead)
+        if c.auxk and dead is not None:
+            slots = min(c.auxk_latents or self.width // 2, acts.shape[1] * acts.shape[2])
+            revived = self.weighted(selection.dead_codes(acts, routed.experts, dead, slots), routed)
+            auxk, _ = self.squared_error(residual, revived, routed, groups)
+            auxk = jnp.where(dead.any(), auxk, 0)
         return Loss(
             total=mse + c.load_balance * balance + c.auxk_weight * auxk,
             mse=mse,
@@ -169,20 +167,3 @@ class ScaleSAE(nn.Module):
             expert_load=routing.expert_share(routed, "selected"),
             threshold=jnp.min(jnp.where(survivors.values > 0, survivors.values, jnp.inf)),
         )
-
-    def auxk(
-        self,
-        acts: Float[Array, "T E M"],
-        routed: Routing,
-        groups: Groups,
-        residual: Float[Array, "T D"],
-        dead: Bool[Array, " L"],
-    ) -> Float[Array, ""]:
-        """mean |r - r^|^2, r^ the residual r rebuilt from dead latents; 0 while none is dead."""
-        slots = min(self.config.auxk_latents or self.width // 2, acts.shape[1] * acts.shape[2])
-
-        def rebuild(w_dec: Float[Array, "N M D"]) -> Float[Array, ""]:
-            codes = self.weighted(losses.dead_codes(acts, routed.experts, dead, slots), routed)
-            return losses.squared_error(residual, self.decoded(codes, routed, groups, w_dec))
-
-        return jax.lax.cond(dead.any(), rebuild, lambda _: jnp.zeros(()), self.w_dec)

@@ -7,7 +7,7 @@ winners only.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from scale_sae_jax.sae.codes import Codes
 
@@ -50,3 +50,17 @@ def over_threshold(
     """Every latent above `threshold`: BatchTopK at inference, where each token stands alone."""
     values = jnp.where(acts > threshold, acts, 0).reshape(acts.shape[0], -1)
     return Codes(values, latent_ids(experts, acts.shape[-1]))
+
+
+def dead_codes(
+    acts: Float[Array, "T E M"], experts: Int[Array, "T E"], dead: Bool[Array, " L"], k: int
+) -> Codes:
+    """The k largest dead latents among the selected experts (AuxK, arXiv 2406.04093, appendix A.2).
+
+    Latents of experts that a token does not use are not computed for it, so they cannot be revived
+    by it. `dead` [N * M] marks latents by global id.
+    """
+    ids = latent_ids(experts, acts.shape[-1])
+    candidates = jnp.where(dead[ids], acts.reshape(ids.shape), 0)
+    values, slots = jax.lax.top_k(candidates, k)
+    return Codes(values, jnp.take_along_axis(ids, slots, axis=-1))

@@ -19,7 +19,7 @@ from scale_sae_jax.sae.registry import build
 from scale_sae_jax.training import metrics, state
 from scale_sae_jax.training.checkpoints import Checkpoints
 from scale_sae_jax.training.optim import optimiser, schedule
-from scale_sae_jax.training.step import make_step
+from scale_sae_jax.training.step import make_steps
 
 
 @runtime_checkable
@@ -59,7 +59,7 @@ def train(
     sae = build(config.sae, activations.d)
     tx = optimiser(config.optim, config.sae.latents, config.steps, config.sae.decoder_norm)
     rate = schedule(config.optim, config.sae.latents, config.steps)
-    step_fn = make_step(sae, tx, rate, config.sae.dead_after)
+    steps_fn = make_steps(sae, tx, rate, config.sae.dead_after)
     mean = jnp.asarray(activations.mean)
 
     with Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
@@ -77,8 +77,8 @@ def train(
 
         with metrics.MetricsWriter(workdir, start, settings) as writer:
             batches = _read_ahead(config, activations, start)
-            for step, x in batches:
-                now, values = step_fn(now, x, mean)
+            for step, n, x in batches:
+                now, values = steps_fn(now, x, n, mean)
                 finished = step == config.steps
                 stopping = stop.is_set()
                 if step % config.log_every == 0 or step == 1 or finished or stopping:
@@ -100,22 +100,37 @@ def train(
 
 def _read_ahead(
     config: Config, activations: Activations, start: int
-) -> Iterator[tuple[int, jax.Array]]:
-    """(step, batch) for the remaining steps; the next batch is read while the device computes."""
+) -> Iterator[tuple[int, int, jax.Array]]:
+    """(last step, n, batches [C, T, D]) for the remaining steps, n at a time.
 
-    def read(step: int) -> jax.Array:
-        ids = batch_ids(config.seed, step - 1, config.batch_size, activations.n)
-        return jax.device_put(activations.rows(ids))
+    The batches of the next call are read while the device computes; those after the n-th are void.
+    """
 
-    if start >= config.steps:
-        return
+    def read(first: int, last: int) -> jax.Array:
+        rows = [
+            activations.rows(batch_ids(config.seed, step, config.batch_size, activations.n))
+            for step in range(first, last)
+        ]
+        void = config.steps_per_call - len(rows)
+        return jax.device_put(np.stack(rows + void * [np.zeros_like(rows[0])]))
+
+    calls = list(_calls(config, start))
     with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = reader.submit(read, start + 1)
-        for step in range(start + 1, config.steps + 1):
+        coming = reader.submit(read, *calls[0]) if calls else None
+        for (first, last), after in zip(calls, [*calls[1:], None], strict=True):
             x = coming.result()
-            if step < config.steps:
-                coming = reader.submit(read, step + 1)
-            yield step, x
+            coming = reader.submit(read, *after) if after else None
+            yield last, last - first, x
+
+
+def _calls(config: Config, start: int) -> Iterator[tuple[int, int]]:
+    """(steps done before, steps done after) of each call, which ends where a record is due."""
+    due = [config.log_every, config.checkpoint_every or config.steps]
+    while start < config.steps:
+        ends = [start + config.steps_per_call, config.steps, *(e * (start // e + 1) for e in due)]
+        end = 1 if start == 0 else min(ends)
+        yield start, end
+        start = end
 
 
 def _refuse_bad(now: state.TrainState, checkpoints: Checkpoints) -> None:

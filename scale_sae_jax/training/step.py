@@ -1,4 +1,8 @@
-"""One training step, a pure function of the state and a batch."""
+"""The training step, a pure function of the state and a batch, and several of them in one call.
+
+Several steps in one compiled call allocate their gradients and activations once. On CPUs, where
+fresh memory comes page by page, that is a third of the time.
+"""
 
 from collections.abc import Callable
 
@@ -15,10 +19,32 @@ FVU_DECAY = 0.98  # running mean over about 50 batches
 THRESHOLD_DECAY = 0.99
 
 
+def make_steps(
+    sae: Autoencoder, tx: optax.GradientTransformation, rate: optax.Schedule, dead_after: int
+) -> Callable[[TrainState, Array, int, Array], tuple[TrainState, Metrics]]:
+    """The jitted call (state, batches [C, T, D], n, mean [D]) -> (state, metrics of the last step).
+
+    Takes a step on each of the first n >= 1 batches; n is not compiled in. The old state is
+    donated.
+    """
+    step = make_step(sae, tx, rate, dead_after)
+
+    def steps(state: TrainState, batches: Array, n: int, mean: Array) -> tuple[TrainState, Metrics]:
+        nothing = jax.eval_shape(step, state, batches[0], mean)[1]
+        metrics = jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), nothing)
+
+        def body(i, carry):
+            return step(carry[0], batches[i], mean)
+
+        return jax.lax.fori_loop(0, n, body, (state, metrics))
+
+    return jax.jit(steps, donate_argnums=0)
+
+
 def make_step(
     sae: Autoencoder, tx: optax.GradientTransformation, rate: optax.Schedule, dead_after: int
 ) -> Callable[[TrainState, Array, Array], tuple[TrainState, Metrics]]:
-    """The jitted step (state, x [T, D], mean [D]) -> (state, metrics); the old state is donated.
+    """The step (state, x [T, D], mean [D]) -> (state, metrics).
 
     `mean` is the mean activation of the training stream, the reference of FVU. `dead_after` is in
     tokens. Metrics describe the batch before the update: loss and its terms, fvu, l0, dead (share
@@ -28,11 +54,19 @@ def make_step(
     def step(state: TrainState, x: Array, mean: Array) -> tuple[TrainState, Metrics]:
         dead = state.since_fired >= dead_after
 
-        def objective(params):
-            loss = sae.loss(params, x, dead)
-            return loss.total, loss
+        def gradient(params, revive):
+            def objective(params):
+                loss = sae.loss(params, x, revive)
+                return loss.total, loss
 
-        (total, loss), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+            return jax.value_and_grad(objective, has_aux=True)(params)
+
+        if sae.config.auxk:
+            (total, loss), grads = jax.lax.cond(
+                dead.any(), lambda p: gradient(p, dead), lambda p: gradient(p, None), state.params
+            )
+        else:
+            (total, loss), grads = gradient(state.params, None)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if "threshold" in params:
@@ -68,7 +102,7 @@ def make_step(
         )
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
 def _follow(old: Array, new: Array) -> Array:
