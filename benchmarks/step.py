@@ -1,20 +1,31 @@
-"""Time of a training step, against what the machine's matrix multiply allows.
+"""Time and memory of a training step, against what the machine's matrix multiply allows.
 
     python -m benchmarks.step --preset=paper --d=768 --latents=24576 --experts=64 --active=2 \
         --k=32 --batch=4096
     python -m benchmarks.step --sweep=experts
 
-prints a JSON line a setting. Useful FLOPs are encoder and decoder forward, both weight gradients
-and the code's gradient, 10 T e m d; `matmul_gflops` is a [4096, 768] x [768, 6144] product timed in
-the same process, and `mfu` is the useful rate over it. Medians of `--repeats` steps after warm-up.
+prints a JSON line a setting. Everything is timed as training runs it, `--steps_per_call` repetitions
+in one compiled call, and is the median of `--repeats` calls:
+
+    s_per_step            the whole step; s_forward_backward without the optimiser, s_optimiser it
+                          alone, s_selection the top-k and its gradient alone
+    flops_per_step        useful FLOPs, 10 T e m d: encoder and decoder forward, both weight
+                          gradients and the code's gradient, as products of the active experts
+    matmul_gflops         [4096, 768] x [768, 6144], float32, in the same process just before
+    mfu                   useful rate of the whole step over matmul_gflops
+    temporary_gb          XLA's temporaries of one forward and backward pass, the gradients apart;
+    temporary_bound_gb    4 T e m floats and the T e gathered inputs
+
 `--sweep` varies one size: 'experts' with the active width fixed (the dictionary grows), the others
 alone.
 """
 
+import dataclasses
 import json
 import resource
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +33,12 @@ import numpy as np
 from absl import flags
 
 from experiments import command_line
-from scale_sae_jax.config import OptimConfig, SAEConfig
+from scale_sae_jax.config import CHOICES, OptimConfig, SAEConfig
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.sae import build
+from scale_sae_jax.sae import build, selection
 from scale_sae_jax.sae.presets import preset
 from scale_sae_jax.training import optim, state
-from scale_sae_jax.training.step import make_step
+from scale_sae_jax.training.step import make_steps
 
 FLAGS = flags.FLAGS
 SWEEPS = {
@@ -47,7 +58,10 @@ def define(argv: list[str]) -> None:
     flags.DEFINE_integer("active", 2, "Experts a token uses.", lower_bound=1)
     flags.DEFINE_integer("k", 32, "L0.", lower_bound=1)
     flags.DEFINE_integer("batch", 4096, "Activations a step.", lower_bound=1)
-    flags.DEFINE_integer("repeats", 5, "Timed steps.", lower_bound=1)
+    flags.DEFINE_enum("kernel", "auto", CHOICES["sae.kernel"], "How experts are multiplied.")
+    flags.DEFINE_enum("dtype", "float32", CHOICES["sae.dtype"], "Operands of the products.")
+    flags.DEFINE_integer("steps_per_call", 8, "Steps that one compiled call takes.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 5, "Timed calls.", lower_bound=1)
     flags.DEFINE_enum("sweep", None, list(SWEEPS), "Size to vary.")
 
 
@@ -62,42 +76,75 @@ def median_seconds(call: Callable[[], object], repeats: int) -> float:
     return float(np.median(times))
 
 
+def looped_seconds(function: Callable, inputs: Any, repeats: int, *constants: Any) -> float:
+    """Seconds of function(inputs[i], *constants), run over all i in one call."""
+    count = len(jax.tree.leaves(inputs)[0])
+
+    @jax.jit
+    def loop(inputs, *constants):
+        shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], inputs), *constants)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def body(i, _):
+            return function(jax.tree.map(lambda a: a[i], inputs), *constants)
+
+        return jax.lax.fori_loop(0, count, body, zeros)
+
+    return median_seconds(lambda: loop(inputs, *constants), repeats) / count
+
+
 def matmul_gflops(repeats: int) -> float:
-    a = jax.random.normal(jax.random.key(0), (4096, 768))
+    a = jax.random.normal(jax.random.key(0), (4, 4096, 768))
     b = jax.random.normal(jax.random.key(1), (768, 6144))
-    product = jax.jit(jnp.matmul)
-    return 2 * 4096 * 768 * 6144 / median_seconds(lambda: product(a, b), repeats) / 1e9
+    return 2 * 4096 * 768 * 6144 / looped_seconds(jnp.matmul, a, repeats, b) / 1e9
 
 
 def measure(
-    config: SAEConfig, width: int, batch: int, repeats: int
+    config: SAEConfig, width: int, batch: int, calls: int, repeats: int
 ) -> dict[str, float | int | str]:
-    """Times of one setting: the whole step, and forward and backward without the optimiser."""
+    """Times of one setting: the whole step, and its parts alone."""
+    peak = matmul_gflops(repeats)
     sae = build(config, width)
     adam = OptimConfig()
     tx = optim.optimiser(adam, config.latents, 1000, config.decoder_norm)
     rate = optim.schedule(adam, config.latents, 1000)
-    x = jax.random.normal(jax.random.key(0), (batch, width))
-    now = state.create(sae, tx, 0, x)
-    dead = jnp.zeros(config.latents, bool)
+    x = jax.random.normal(jax.random.key(0), (calls, batch, width))
+    now = state.create(sae, tx, adam, 0, x[0])
 
     def objective(params, x):
-        return sae.loss(params, x, dead).total
+        return sae.loss(params, x, None).total
 
-    gradient = jax.jit(jax.grad(objective)).lower(now.params, x).compile()
-    gradient_seconds = median_seconds(lambda: gradient(now.params, x), repeats)
+    gradient = jax.grad(objective)
+    memory = jax.jit(gradient).lower(now.params, x[0]).compile().memory_analysis()
+    gradient_seconds = looped_seconds(lambda x, params: gradient(params, x), x, repeats, now.params)
 
-    step = make_step(sae, tx, rate, config.dead_after)
+    def select(acts, experts):
+        return selection.per_token(acts, experts, config.k).values.sum()
+
+    active_width = config.active * config.latents // config.experts
+    acts = jax.random.uniform(jax.random.key(1), (calls, batch, config.active, active_width))
+    acts = acts[..., : active_width // config.active]
+    experts = sae.route(now.params, x[0]).experts
+    selection_seconds = looped_seconds(jax.grad(select), acts, repeats, experts)
+
+    moved = jax.tree.map(lambda p: 0.01 * p, now.params)
+    scales = jnp.ones(calls)
+
+    def update(scale, gradients, opt_state, params):
+        return tx.update(jax.tree.map(lambda g: scale * g, gradients), opt_state, params)
+
+    optimiser_seconds = looped_seconds(update, scales, repeats, moved, now.opt_state, now.params)
+
+    steps = make_steps(sae, tx, rate, config.dead_after)
     holder = [now]
 
-    def one_step():
-        holder[0], metrics = step(holder[0], x, jnp.zeros(width))
+    def one_call():
+        holder[0], metrics = steps(holder[0], x, calls, jnp.zeros(width))
         return metrics["loss"], holder[0].step
 
-    seconds = median_seconds(one_step, repeats)
-    active_width = config.active * config.latents // config.experts
+    seconds = median_seconds(one_call, repeats) / calls
     useful = 10 * batch * active_width * width
-    peak = matmul_gflops(repeats)
+    pairs = batch * config.active
     return {
         "d": width,
         "latents": config.latents,
@@ -105,13 +152,18 @@ def measure(
         "active": config.active,
         "k": config.k,
         "batch": batch,
+        "kernel": config.kernel,
+        "dtype": config.dtype,
         "s_per_step": seconds,
         "s_forward_backward": gradient_seconds,
+        "s_optimiser": optimiser_seconds,
+        "s_selection": selection_seconds,
         "tok_per_s": batch / seconds,
         "flops_per_step": useful,
         "matmul_gflops": peak,
         "mfu": useful / seconds / 1e9 / peak,
-        "temporary_gb": gradient.memory_analysis().temp_size_in_bytes / 1e9,
+        "temporary_gb": memory.temp_size_in_bytes / 1e9,
+        "temporary_bound_gb": 4 * (4 * batch * active_width + pairs * width) / 1e9,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "platform": jax.devices()[0].platform,
     }
@@ -127,7 +179,11 @@ def settings() -> list[tuple[SAEConfig, int]]:
     if FLAGS.sweep == "experts":
         size = FLAGS.latents // FLAGS.experts
         lines = [line | {"latents": line["experts"] * size} for line in lines]
-    return [(preset(FLAGS.preset, **{n: line[n] for n in sizes}), line["batch"]) for line in lines]
+    how = {"kernel": FLAGS.kernel, "dtype": FLAGS.dtype}
+    return [
+        (dataclasses.replace(preset(FLAGS.preset, **{n: l[n] for n in sizes}), **how), l["batch"])
+        for l in lines
+    ]
 
 
 def main() -> None:
@@ -136,7 +192,8 @@ def main() -> None:
             raise UserError("--latents must be divisible by --experts, and --active at most that")
         if config.k > config.active * config.latents // config.experts:
             raise UserError(f"--k={config.k} exceeds the latents of the active experts: lower it")
-        print(json.dumps(measure(config, FLAGS.d, batch, FLAGS.repeats)), flush=True)
+        line = measure(config, FLAGS.d, batch, FLAGS.steps_per_call, FLAGS.repeats)
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

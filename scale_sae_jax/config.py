@@ -135,6 +135,8 @@ class OptimConfig:
 
     lr: 0 takes the published rule 2e-4 / sqrt(M / 2^14). warmup, decay: fractions of the steps.
     clip: global-norm clip of the gradient; 0 = off.
+    param_dtype, moment_dtype: 'bfloat16' keeps matrices in half the memory between steps, rounded
+        stochastically (training/precision.py); a step always computes in float32.
     """
 
     lr: float = 0.0
@@ -144,6 +146,8 @@ class OptimConfig:
     warmup: float = 0.0
     decay: float = 0.2
     clip: float = 1.0
+    param_dtype: str = "float32"
+    moment_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,8 @@ CHOICES = {
     "sae.load_balance_from": ("argmax", "selected"),
     "sae.topk_scope": ("token", "batch", "expert"),
     "sae.dtype": ("float32", "bfloat16"),
+    "optim.param_dtype": ("float32", "bfloat16"),
+    "optim.moment_dtype": ("float32", "bfloat16"),
     "sae.kernel": ("auto", "loop", "tiles", "ragged"),
 }
 

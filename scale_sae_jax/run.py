@@ -203,7 +203,7 @@ def load(path: str | Path, step: int | str = "latest") -> tuple[Autoencoder, Par
             raise UserError(f"{workdir} has no checkpoint {step}: there are {have}, latest, best")
         sae = build(config.sae, checkpoints.width(number))
         tx = optimiser(config.optim, config.sae.latents, config.steps, config.sae.decoder_norm)
-        restored = checkpoints.restore(number, state.abstract(sae, tx))
+        restored = checkpoints.restore(number, state.abstract(sae, tx, config.optim))
     return sae, restored.params
 
 

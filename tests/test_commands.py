@@ -184,7 +184,7 @@ def final_state(workdir):
     tx = optimiser(config.optim, config.sae.latents, config.steps, config.sae.decoder_norm)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         assert checkpoints.latest == STEPS
-        return jax.tree.leaves(checkpoints.restore(STEPS, state.abstract(sae, tx)))
+        return jax.tree.leaves(checkpoints.restore(STEPS, state.abstract(sae, tx, config.optim)))
 
 
 def test_sigterm_and_sigkill_leave_the_result_bit_identical(data, tmp_path):

@@ -1,4 +1,4 @@
-"""Products grouped by expert against every expert computed, in value and gradient, at any load."""
+"""Products grouped by expert, by every kernel, against every expert computed, at any load."""
 
 import jax
 import jax.numpy as jnp
@@ -7,25 +7,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scale_sae_jax.sae.grouped import BLOCK, plan, selected_products
+from scale_sae_jax.sae import kernels
+from scale_sae_jax.sae.grouped import grouped_dot
+from scale_sae_jax.sae.groups import group
 
 T, N, D, M = 150, 5, 7, 6
 
 
 def dense(x, w, experts):
-    everything = jnp.einsum("td,ndm->tnm", x, w)
-    return jnp.take_along_axis(everything, experts[..., None], axis=1)
+    """x_t W_i by computing every expert; x [T, A] or [T, E, A]."""
+    rows = jnp.broadcast_to(x if x.ndim == 3 else x[:, None], (*experts.shape, x.shape[-1]))
+    everything = jnp.einsum("tea,nab->tenb", rows, w)
+    return jnp.take_along_axis(everything, experts[..., None, None], axis=2)[:, :, 0]
 
 
-@jax.jit
-def both(x, w, experts, weight):
-    def summed(product, x, w):
-        return (product(x, w, experts) * weight).sum()
-
-    return [
-        (f(x, w, experts), jax.grad(summed, argnums=(1, 2))(f, x, w))
-        for f in (selected_products, dense)
-    ]
+def random_experts(rng, tokens, n_experts, active, evenness):
+    """Distinct experts of each token, ascending; popularity is a Dirichlet draw."""
+    popular = rng.dirichlet(np.full(n_experts, evenness)) + 1e-9
+    rank = rng.random((tokens, n_experts)) ** (1 / popular)
+    return np.sort(np.argsort(-rank, 1)[:, :active], 1).astype(np.int32)
 
 
 def loads():
@@ -36,33 +36,106 @@ def loads():
     return {"even": even, "uneven, expert 4 idle": uneven, "all the same": np.tile([1, 3], (T, 1))}
 
 
+def assert_equal_to_dense(kernel, x, w, experts, weight, dtype=jnp.float32, tolerance=1e-5):
+    @jax.jit
+    def both(x, w):
+        def ours(x, w):
+            groups = group(experts, w.shape[0])
+            return grouped_dot(x, w, groups, kernels.choose(kernel), dtype)
+
+        def theirs(x, w):
+            return dense(x, w, experts)
+
+        return [
+            (f(x, w), jax.grad(lambda x, w: (f(x, w) * weight).sum(), argnums=(0, 1))(x, w))
+            for f in (ours, theirs)
+        ]
+
+    (value, grads), (expected, expected_grads) = both(x, w)
+    for ours, theirs in zip((value, *grads), (expected, *expected_grads), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(), rtol=0)
+    return grads
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("per_expert", (False, True))
 @pytest.mark.parametrize("name", loads())
-def test_equals_dense_in_value_and_gradient(name):
+def test_equals_dense_in_value_and_gradient(name, per_expert, kernel):
     experts = jnp.asarray(np.sort(loads()[name], 1), jnp.int32)
     keys = jax.random.split(jax.random.key(1), 3)
-    x, w = jax.random.normal(keys[0], (T, D)), jax.random.normal(keys[1], (N, D, M))
-    weight = jax.random.normal(keys[2], (T, 2, M))
-    (value, grads), (expected, expected_grads) = both(x, w, experts, weight)
-    for ours, theirs in zip((value, *grads), (expected, *expected_grads), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+    x = jax.random.normal(keys[0], (T, 2, D) if per_expert else (T, D))
+    w, weight = jax.random.normal(keys[1], (N, D, M)), jax.random.normal(keys[2], (T, 2, M))
+    grads = assert_equal_to_dense(kernel, x, w, experts, weight)
     idle = set(range(N)) - set(np.unique(experts))
     assert all((grads[1][i] == 0).all() for i in idle)
 
 
-@settings(max_examples=12, deadline=None)
-@given(st.integers(1, 200), st.integers(1, 9), st.data())
-def test_plan_places_every_pair_once_in_a_block_of_its_expert(tokens, n_experts, data):
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@settings(max_examples=8, deadline=None)
+@given(
+    tokens=st.integers(1, 90),
+    n_experts=st.integers(1, 7),
+    evenness=st.sampled_from((0.05, 0.5, 50.0)),
+    data=st.data(),
+)
+def test_any_shape_and_load_equals_dense(kernel, tokens, n_experts, evenness, data):
     active = data.draw(st.integers(1, n_experts))
-    seed = data.draw(st.integers(0, 100))
-    rng = np.random.default_rng(seed)
-    popular = rng.dirichlet(np.full(n_experts, 0.3)) + 1e-9
-    rank = rng.random((tokens, n_experts)) ** (1 / popular)
-    experts = np.sort(np.argsort(-rank, 1)[:, :active], 1).astype(np.int32)
+    a, b = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+    rng = np.random.default_rng(data.draw(st.integers(0, 100)))
+    experts = jnp.asarray(random_experts(rng, tokens, n_experts, active, evenness))
+    x, w = rng.standard_normal((tokens, a)), rng.standard_normal((n_experts, a, b))
+    weight = rng.standard_normal((tokens, active, b))
+    x, w, weight = (jnp.asarray(array, jnp.float32) for array in (x, w, weight))
+    assert_equal_to_dense(kernel, x, w, experts, weight)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_bfloat16_rounds_operands_and_sums_in_float32(kernel):
+    """A sum of 4096 ones and small parts, which bfloat16 sums would lose."""
+    experts = jnp.zeros((4, 1), jnp.int32)
+    x = jnp.ones((4, 4096)).at[:, ::2].set(2.0**-9)
+    value = grouped_dot(
+        x, jnp.ones((1, 4096, 1)), group(experts, 1), kernels.choose(kernel), jnp.bfloat16
+    )
+    np.testing.assert_array_equal(value, np.full((4, 1, 1), 2048 + 4, np.float32))
+    rounded = grouped_dot(
+        jnp.full((1, 1), 1 + 2.0**-9), jnp.ones((1, 1, 1)), group(experts[:1], 1),
+        kernels.choose(kernel), jnp.bfloat16,
+    )
+    assert rounded == 1.0
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    tokens=st.integers(1, 200),
+    n_experts=st.integers(1, 9),
+    rows=st.sampled_from((1, 8, 64)),
+    data=st.data(),
+)
+def test_every_pair_lies_in_its_experts_run_and_tiles_cover_all_runs(
+    tokens, n_experts, rows, data
+):
+    active = data.draw(st.integers(1, n_experts))
+    rng = np.random.default_rng(data.draw(st.integers(0, 100)))
+    experts = random_experts(rng, tokens, n_experts, active, 0.3)
     with jax.disable_jit():
-        blocks = jax.tree.map(np.asarray, plan(jnp.asarray(experts), n_experts))
-    assert len(set(blocks.slots.ravel())) == experts.size
-    assert (blocks.experts[blocks.slots // BLOCK] == experts).all()
-    assert (blocks.tokens[blocks.slots] == np.arange(tokens)[:, None]).all()
-    assert (blocks.tokens < tokens).sum() == experts.size
-    needed = sum(-(-count // BLOCK) for count in np.bincount(experts.ravel()))
-    assert blocks.used == needed <= len(blocks.experts)
+        groups = jax.tree.map(np.asarray, group(jnp.asarray(experts), n_experts))
+        tiles = jax.tree.map(np.asarray, kernels.cut(jnp.asarray(groups.sizes), experts.size, rows))
+    assert (experts.reshape(-1)[groups.pairs] == groups.experts).all()
+    assert (np.diff(groups.experts) >= 0).all()
+    assert (groups.pairs[groups.rows] == np.arange(experts.size)).all()
+    assert (groups.sizes == np.bincount(experts.ravel(), minlength=n_experts)).all()
+
+    covered = np.concatenate([
+        np.arange(start, min(start + rows, stop))
+        for start, stop in zip(tiles.start[: tiles.used], tiles.stop[: tiles.used])
+    ])
+    assert (covered == np.arange(experts.size)).all()
+    for tile in range(tiles.used):
+        assert groups.experts[tiles.start[tile]] == tiles.expert[tile]
+
+
+def test_auto_takes_the_kernel_of_the_platform():
+    assert kernels.choose("auto") == kernels.KERNELS["loop"]
+    assert set(kernels.BEST) == {"cpu", "gpu", "tpu"}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scale_sae_jax.config import CHOICES, SAEConfig
-from scale_sae_jax.sae import build, reference
+from scale_sae_jax.sae import build, kernels, reference
 from scale_sae_jax.sae.presets import PRESETS, preset
 
 WIDTH = 12
@@ -113,6 +113,59 @@ def test_decode_encode_is_reconstruct_and_inference_matches_reference(name):
     assert stacked.values.shape == (2, 12, 6)
     assert sae.decode(params, stacked).shape == (2, 12, WIDTH)
     assert flat.ids.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_gradient_for_the_activations_matches_reference(name):
+    """Training never asks for it, attribution through a spliced model does."""
+    config = preset(name, latents=40, experts=5, active=0, k=6)
+    sae, params, x, _ = setting(config)
+
+    def objective(reconstruct, x):
+        return jnp.sin(reconstruct(x)).sum()
+
+    ours = jax.jit(jax.grad(lambda x: objective(lambda x: sae.reconstruct(params, x), x)))(x)
+    theirs = jax.jit(
+        jax.grad(lambda x: objective(lambda x: reference.forward(config, params, x).x_hat, x))
+    )(x)
+    assert np.abs(theirs).max() > 1e-2
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("gathered, scattered", ((0, 0), (0, 100), (100, 100)))
+def test_every_way_of_decoding_matches_reference(gathered, scattered, monkeypatch):
+    """Rows gathered and scattered, gathered and multiplied, multiplied both ways."""
+    kernel = kernels.KERNELS["loop"]._replace(gathered_row=gathered, scattered_row=scattered)
+    monkeypatch.setitem(kernels.KERNELS, "loop", kernel)
+    for scope in CHOICES["sae.topk_scope"]:
+        assert_matches_reference(dataclasses.replace(SMALL, topk_scope=scope))
+
+
+def test_bfloat16_is_near_float32():
+    sae, params, x, dead = setting(SMALL)
+    rounded = build(dataclasses.replace(SMALL, dtype="bfloat16"), WIDTH)
+    loss, near = (s.loss(params, x, dead) for s in (sae, rounded))
+    assert near.codes.values.dtype == jnp.float32
+    assert loss.mse != near.mse
+    assert abs(near.mse / loss.mse - 1) < 0.02
+
+
+def temporaries(tokens, experts):
+    """Bytes that XLA sets aside for one forward and backward pass, the gradients apart."""
+    config = SAEConfig(latents=experts * 32, experts=experts, active=2, k=4)
+    sae = build(config, 32)
+    params = jax.eval_shape(sae.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((tokens, 32), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda p, x: sae.loss(p, x, None).total))
+    return gradient.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_with_the_active_width_not_with_the_dictionary():
+    """No [T, N m] array: that alone would be 2.1 MB for 64 experts and 512 tokens."""
+    few, many, long = temporaries(512, 4), temporaries(512, 64), temporaries(2048, 64)
+    assert many - few < 4 * 512 * 64 * 32 / 2
+    assert many < 4 * 512 * 64 * 32
+    assert long < 4.5 * many
 
 
 def test_one_expert_with_weight_one_gets_no_router_gradient():

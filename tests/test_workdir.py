@@ -28,6 +28,7 @@ CONFIG = Config(
 PARTS = (
     build(CONFIG.sae, WIDTH),
     optimiser(CONFIG.optim, CONFIG.sae.latents, CONFIG.steps, CONFIG.sae.decoder_norm),
+    CONFIG.optim,
 )
 
 

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
 from scale_sae_jax.sae.codes import Codes
-from scale_sae_jax.sae.grouped import grouped_dot
-from scale_sae_jax.sae.groups import Groups, by_expert, by_token
+from scale_sae_jax.sae.grouped import grouped_dot, grouped_outer
+from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.kernels import Kernel
 from scale_sae_jax.sae.losses import mean_square
 
@@ -75,9 +75,8 @@ def squared_error(
     width = experts.shape[1] * w_dec.shape[1]
     if width > kernel.gathered_row * codes.ids.shape[1]:
         return _error_by_rows(*codes, experts, w_dec, target, groups, kernel, dtype)
-    rows = dense_rows(*codes, experts, w_dec.shape[1], groups)
-    decoded = by_token(grouped_dot(rows, w_dec, groups, kernel, dtype), groups, len(target)).sum(1)
-    residual = target - decoded
+    dense = dense_codes(*codes, experts, w_dec.shape[1])
+    residual = target - grouped_dot(dense, w_dec, groups, kernel, dtype).sum(1)
     return mean_square(residual), jax.lax.stop_gradient(residual)
 
 
@@ -108,8 +107,8 @@ def _error_backward(kernel, dtype, saved, grads):
     if experts.shape[1] * size > kernel.scattered_row * ids.shape[1]:
         d_rows = scatter_rows(scale * values, ids, residual, _flat(w_dec))
     else:
-        rows = dense_rows(scale * values, ids, experts, size, groups)
-        d_rows = kernel.outer(rows.astype(dtype), residual.astype(dtype)[groups.tokens], groups)
+        dense = dense_codes(scale * values, ids, experts, size)
+        d_rows = grouped_outer(dense, residual, groups, kernel, dtype)
     d_w = d_rows.reshape(w_dec.shape).astype(w_dec.dtype)
     return scale * along, None, None, d_w, -scale * residual, None
 
@@ -117,20 +116,16 @@ def _error_backward(kernel, dtype, saved, grads):
 _error_by_rows.defvjp(_error_forward, _error_backward)
 
 
-def dense_rows(
-    values: Float[Array, "T K"],
-    ids: Int[Array, "T K"],
-    experts: Int[Array, "T E"],
-    size: int,
-    groups: Groups,
-) -> Float[Array, "P M"]:
-    """The dense codes of each selected expert's `size` latents, in the order of experts."""
+def dense_codes(
+    values: Float[Array, "T K"], ids: Int[Array, "T K"], experts: Int[Array, "T E"], size: int
+) -> Float[Array, "T E M"]:
+    """The codes over all `size` latents of each selected expert."""
     tokens, active = experts.shape
     place = (ids[..., None] // size == experts[:, None, :]).argmax(-1)  # [T, K]
     slots = place * size + ids % size
     dense = jnp.zeros((tokens, active * size), values.dtype)
     dense = dense.at[jnp.arange(tokens)[:, None], slots].add(values)
-    return by_expert(dense.reshape(tokens, active, size), groups)
+    return dense.reshape(tokens, active, size)
 
 
 def scatter_rows(

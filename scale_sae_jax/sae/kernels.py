@@ -2,10 +2,11 @@
 
 A kernel is two products over rows in the order of their experts (`Groups`):
 
-    dot    rows [P, A], w [N, A, B] -> [P, B]     row p times the matrix of its expert
-    outer  rows [P, A], grads [P, B] -> [N, A, B]  sum of outer products over each expert's rows
+    dot    rows [P, A], w [N, A, B] -> [P.., B]    row p times the matrix of its expert
+    outer  left [P, A], right [P, B] -> [N, A, B]  sum of outer products over each expert's rows
 
-with float32 sums whatever the dtype of the operands. `dot` takes w [N, B, A] where `transposed`.
+with float32 sums whatever the dtype of the operands. `dot` takes w [N, B, A] where `transposed`,
+and may return void rows after the P-th.
 
 loop    tiles of rows one after the other; only tiles that exist cost anything. Best on CPUs.
 tiles   all tiles at once, as one batched product over gathered matrices. For GPUs.
@@ -22,15 +23,26 @@ from jaxtyping import Array, Float, Int
 from scale_sae_jax.sae.groups import Groups
 
 
+class Rows(NamedTuple):
+    """The rows array[index], P of them, which a kernel gathers when it needs them."""
+
+    array: Float[Array, "R A"]
+    index: Int[Array, " P"]
+
+    def at(self, place: Int[Array, "*B"]) -> Float[Array, "*B A"]:
+        """Rows at `place`; one beyond the last gives the last."""
+        return self.array[self.index.at[place].get(mode="clip")]
+
+
 class Kernel(NamedTuple):
-    """dot(rows, w, groups, transposed) and outer(rows, grads, groups).
+    """dot(rows, w, groups, transposed) and outer(left, right, groups).
 
     gathered_row, scattered_row: gathering a decoder row to multiply by it, or adding to one, takes
     as long as multiplying by so many of them.
     """
 
-    dot: Callable[[Array, Array, Groups, bool], Array]
-    outer: Callable[[Array, Array, Groups], Array]
+    dot: Callable[[Rows, Array, Groups, bool], Array]
+    outer: Callable[[Rows, Rows, Groups], Array]
     gathered_row: int
     scattered_row: int
 
@@ -83,76 +95,72 @@ def _outer(rows: Array, grads: Array) -> Array:
 
 
 def _loop_dot(
-    rows: Float[Array, "P A"], w: Float[Array, "N X Y"], groups: Groups, transposed: bool
+    rows: Rows, w: Float[Array, "N X Y"], groups: Groups, transposed: bool
 ) -> Float[Array, "P B"]:
     """Tiles are written in order, so what a tile computes beyond its run is overwritten."""
-    pairs, size = rows.shape[0], tile_rows(rows.shape[0], w.shape[0])
+    pairs = groups.pairs.size
+    size = tile_rows(pairs, w.shape[0])
     tiles = cut(groups.sizes, pairs, size)
 
     def body(t, out):
         start = tiles.start[t]
-        tile = rows.at[start + jnp.arange(size)].get(mode="clip")
-        product = _product(tile, w[tiles.expert[t]], transposed)
+        product = _product(rows.at(start + jnp.arange(size)), w[tiles.expert[t]], transposed)
         return jax.lax.dynamic_update_slice_in_dim(out, product, start, axis=0)
 
     out = jnp.zeros((pairs + size, w.shape[1 if transposed else 2]), jnp.float32)
-    return jax.lax.fori_loop(0, tiles.used, body, out)[:pairs]
+    return jax.lax.fori_loop(0, tiles.used, body, out)
 
 
-def _loop_outer(
-    rows: Float[Array, "P A"], grads: Float[Array, "P B"], groups: Groups
-) -> Float[Array, "N A B"]:
-    experts, pairs = groups.sizes.shape[0], rows.shape[0]
+def _loop_outer(left: Rows, right: Rows, groups: Groups) -> Float[Array, "N A B"]:
+    experts, pairs = groups.sizes.size, groups.pairs.size
     size = tile_rows(pairs, experts)
     tiles = cut(groups.sizes, pairs, size)
 
     def body(t, out):
         place = tiles.start[t] + jnp.arange(size)
         inside = (place < tiles.stop[t])[:, None]
-        right = jnp.where(inside, grads.at[place].get(mode="clip"), 0)
-        return out.at[tiles.expert[t]].add(_outer(rows.at[place].get(mode="clip"), right))
+        product = _outer(left.at(place), jnp.where(inside, right.at(place), 0))
+        return out.at[tiles.expert[t]].add(product)
 
-    out = jnp.zeros((experts, rows.shape[1], grads.shape[1]), jnp.float32)
+    out = jnp.zeros((experts, left.array.shape[1], right.array.shape[1]), jnp.float32)
     return jax.lax.fori_loop(0, tiles.used, body, out)
 
 
 def _tiles_dot(
-    rows: Float[Array, "P A"], w: Float[Array, "N X Y"], groups: Groups, transposed: bool
+    rows: Rows, w: Float[Array, "N X Y"], groups: Groups, transposed: bool
 ) -> Float[Array, "P B"]:
-    pairs, size = rows.shape[0], tile_rows(rows.shape[0], w.shape[0])
+    pairs = groups.pairs.size
+    size = tile_rows(pairs, w.shape[0])
     tiles = cut(groups.sizes, pairs, size)
-    gathered = rows.at[tiles.start[:, None] + jnp.arange(size)].get(mode="clip")  # [B, R, A]
+    gathered = rows.at(tiles.start[:, None] + jnp.arange(size))  # [B, R, A]
     products = _product(gathered, w[tiles.expert], transposed)
     first = tiles.first[groups.experts]
     place = first * size + jnp.arange(pairs) - tiles.start[first]
     return products.reshape(-1, products.shape[-1])[place]
 
 
-def _tiles_outer(
-    rows: Float[Array, "P A"], grads: Float[Array, "P B"], groups: Groups
-) -> Float[Array, "N A B"]:
-    experts, pairs = groups.sizes.shape[0], rows.shape[0]
+def _tiles_outer(left: Rows, right: Rows, groups: Groups) -> Float[Array, "N A B"]:
+    experts, pairs = groups.sizes.size, groups.pairs.size
     size = tile_rows(pairs, experts)
     tiles = cut(groups.sizes, pairs, size)
     place = tiles.start[:, None] + jnp.arange(size)  # [B, R]
-    exists = jnp.arange(tiles.start.shape[0]) < tiles.used
+    exists = jnp.arange(tiles.start.size) < tiles.used
     inside = (place < tiles.stop[:, None]) & exists[:, None]
-    right = jnp.where(inside[..., None], grads.at[place].get(mode="clip"), 0)
-    products = _outer(rows.at[place].get(mode="clip"), right)  # [B, A, B']
+    products = _outer(left.at(place), jnp.where(inside[..., None], right.at(place), 0))
     out = jnp.zeros((experts, *products.shape[1:]), jnp.float32)
     return out.at[tiles.expert].add(products, indices_are_sorted=True)
 
 
 def _ragged_dot(
-    rows: Float[Array, "P A"], w: Float[Array, "N X Y"], groups: Groups, transposed: bool
+    rows: Rows, w: Float[Array, "N X Y"], groups: Groups, transposed: bool
 ) -> Float[Array, "P B"]:
-    return _ragged(rows, w, groups, (((1,), (2 if transposed else 1,)), ((), ())), (0,))
+    dims = (((1,), (2 if transposed else 1,)), ((), ()))
+    return _ragged(rows.array[rows.index], w, groups, dims, (0,))
 
 
-def _ragged_outer(
-    rows: Float[Array, "P A"], grads: Float[Array, "P B"], groups: Groups
-) -> Float[Array, "N A B"]:
-    return _ragged(rows, grads, groups, (((0,), (0,)), ((), ())), ())
+def _ragged_outer(left: Rows, right: Rows, groups: Groups) -> Float[Array, "N A B"]:
+    dims = (((0,), (0,)), ((), ()))
+    return _ragged(left.array[left.index], right.array[right.index], groups, dims, ())
 
 
 def _ragged(left: Array, right: Array, groups: Groups, dims, group_dims) -> Array:

@@ -16,8 +16,8 @@ def route(
     active: int,
 ) -> Routing:
     """p = softmax((x - b) W + c) and the `active` most probable experts (Scale SAE, section 3)."""
-    bias = c_router - centring.offset(b_router) @ w_router
-    logits = (x - jax.lax.stop_gradient(b_router)) @ w_router + bias
+    centred = x - jax.lax.stop_gradient(b_router)
+    logits = centred @ w_router + (c_router - centring.offset(b_router) @ w_router)
     probs = jax.nn.softmax(logits, axis=-1)
     _, experts = jax.lax.top_k(probs, active)
     return Routing(logits, probs, jnp.sort(experts, axis=-1))

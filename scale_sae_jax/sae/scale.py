@@ -15,7 +15,7 @@ from scale_sae_jax.config import SAEConfig
 from scale_sae_jax.sae import centring, decoding, kernels, routing, scaling, selection, start
 from scale_sae_jax.sae.codes import Codes, Routing
 from scale_sae_jax.sae.grouped import grouped_dot
-from scale_sae_jax.sae.groups import Groups, by_token, group
+from scale_sae_jax.sae.groups import Groups, group
 from scale_sae_jax.sae.kernels import Kernel
 
 
@@ -78,20 +78,17 @@ class ScaleSAE(nn.Module):
     ) -> Float[Array, "T E M"]:
         """ReLU((x - b_dec) W^_i + c_i) of the selected experts, gated where the gate stands here.
 
-        Up to the ReLU everything is in the order of experts; see `centring` for b_dec.
+        See `centring` for b_dec.
         """
-        c = self.config
+        c, experts = self.config, routed.experts
         centred = x - jax.lax.stop_gradient(self.b_dec)
-        pre = grouped_dot(centred[groups.tokens], self.w_enc, groups, self.kernel, c.dtype)
+        pre = grouped_dot(centred, self.w_enc, groups, self.kernel, c.dtype)
         shift = centring.shift(self.b_dec, self.w_enc)  # [N, M]
         if c.feature_scaling != "none":
-            pre = scaling.scale_features(pre, self.along_low_pass(centred), self.omega, groups)
+            pre = scaling.scale_features(pre, self.along_low_pass(centred), self.omega, experts)
             shift *= 1 + self.omega[:, None]
-        acts = jax.nn.relu(pre + (self.b_enc + shift)[groups.experts])
-        acts = by_token(acts, groups, x.shape[0])
-        if c.gate_at == "output":
-            return acts
-        return acts * routing.gates(routed, c.gate)[..., None]
+        acts = jax.nn.relu(pre + (self.b_enc + shift)[experts])
+        return acts if c.gate_at == "output" else acts * routing.gates(routed, c.gate)[..., None]
 
     def along_low_pass(self, centred: Float[Array, "T D"]) -> Float[Array, "T N"] | None:
         kind = self.config.feature_scaling

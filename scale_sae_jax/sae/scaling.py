@@ -9,9 +9,7 @@ one scalar a token and expert, and no second matrix (Scale SAE, section 3, featu
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
-
-from scale_sae_jax.sae.groups import Groups
+from jaxtyping import Array, Float, Int
 
 
 def low_pass(
@@ -23,18 +21,18 @@ def low_pass(
 
 
 def scale_features(
-    products: Float[Array, "P M"],
+    products: Float[Array, "T E M"],
     along: Float[Array, "T N"] | None,
     omega: Float[Array, " N"],
-    groups: Groups,
-) -> Float[Array, "P M"]:
-    """x W^ from `products` = x W of the selected experts, in the order of experts.
+    experts: Int[Array, "T E"],
+) -> Float[Array, "T E M"]:
+    """x W^ from `products` = x W of the selected experts.
 
     Args:
       along: x . a_i of every token and expert; None scales the whole encoder (control `gain`).
     """
-    scale = omega[groups.experts][:, None]  # [P, 1]
+    scale = omega[experts][..., None]  # [T, E, 1]
     scaled = (1 + scale) * products
     if along is None:
         return scaled
-    return scaled - scale * along[groups.tokens, groups.experts][:, None]
+    return scaled - scale * jnp.take_along_axis(along, experts, axis=-1)[..., None]

@@ -66,9 +66,9 @@ def train(
         start = checkpoints.latest
         if start is None:
             first = activations.rows(batch_ids(config.seed, 0, config.batch_size, activations.n))
-            now = state.create(sae, tx, config.seed, jnp.asarray(first))
+            now = state.create(sae, tx, config.optim, config.seed, jnp.asarray(first))
         else:
-            now = checkpoints.restore(start, state.abstract(sae, tx))
+            now = checkpoints.restore(start, state.abstract(sae, tx, config.optim))
         start = int(now.step)
         kept = metrics.keep_until(workdir / "metrics.jsonl", start)
         last = kept[-1] if kept else {}
@@ -115,8 +115,10 @@ def _read_ahead(
         return jax.device_put(np.stack(rows + void * [np.zeros_like(rows[0])]))
 
     calls = list(_calls(config, start))
+    if not calls:
+        return
     with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = reader.submit(read, *calls[0]) if calls else None
+        coming = reader.submit(read, *calls[0])
         for (first, last), after in zip(calls, [*calls[1:], None], strict=True):
             x = coming.result()
             coming = reader.submit(read, *after) if after else None

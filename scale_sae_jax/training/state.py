@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from scale_sae_jax.config import OptimConfig
 from scale_sae_jax.sae.autoencoder import Autoencoder
+from scale_sae_jax.training import precision
 
 
 class TrainState(NamedTuple):
@@ -29,23 +31,26 @@ class TrainState(NamedTuple):
 def create(
     sae: Autoencoder,
     tx: optax.GradientTransformation,
+    config: OptimConfig,
     seed: int,
     first_batch: Float[Array, "T D"] | None = None,
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step, in the dtypes that `config` keeps it in."""
     params = sae.init(jax.random.key(seed), first_batch)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=tx.init(params),
+        params=precision.kept_as(params, config.param_dtype),
+        opt_state=precision.kept_as(tx.init(params), config.moment_dtype),
         since_fired=jnp.zeros(sae.latents, jnp.int32),
         fvu=jnp.ones(()),
         bad_step=jnp.full((), -1, jnp.int32),
     )
 
 
-def abstract(sae: Autoencoder, tx: optax.GradientTransformation) -> TrainState:
+def abstract(
+    sae: Autoencoder, tx: optax.GradientTransformation, config: OptimConfig
+) -> TrainState:
     """Shapes and dtypes of the state, for restoring; computes nothing."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: create(sae, tx, 0))
+    shapes = jax.eval_shape(lambda: create(sae, tx, config, 0))
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)

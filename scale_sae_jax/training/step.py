@@ -5,6 +5,7 @@ fresh memory comes page by page, that is a third of the time.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from scale_sae_jax.sae.autoencoder import Autoencoder
+from scale_sae_jax.training import precision
 from scale_sae_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
@@ -21,7 +23,7 @@ THRESHOLD_DECAY = 0.99
 
 def make_steps(
     sae: Autoencoder, tx: optax.GradientTransformation, rate: optax.Schedule, dead_after: int
-) -> Callable[[TrainState, Array, int, Array], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Array, Any, Array], tuple[TrainState, Metrics]]:
     """The jitted call (state, batches [C, T, D], n, mean [D]) -> (state, metrics of the last step).
 
     Takes a step on each of the first n >= 1 batches; n is not compiled in. The old state is
@@ -29,7 +31,7 @@ def make_steps(
     """
     step = make_step(sae, tx, rate, dead_after)
 
-    def steps(state: TrainState, batches: Array, n: int, mean: Array) -> tuple[TrainState, Metrics]:
+    def steps(state: TrainState, batches: Array, n: Array, mean: Array):
         nothing = jax.eval_shape(step, state, batches[0], mean)[1]
         metrics = jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), nothing)
 
@@ -53,6 +55,7 @@ def make_step(
 
     def step(state: TrainState, x: Array, mean: Array) -> tuple[TrainState, Metrics]:
         dead = state.since_fired >= dead_after
+        before = precision.widen(state.params)
 
         def gradient(params, revive):
             def objective(params):
@@ -63,14 +66,14 @@ def make_step(
 
         if sae.config.auxk:
             (total, loss), grads = jax.lax.cond(
-                dead.any(), lambda p: gradient(p, dead), lambda p: gradient(p, None), state.params
+                dead.any(), lambda p: gradient(p, dead), lambda p: gradient(p, None), before
             )
         else:
-            (total, loss), grads = gradient(state.params, None)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+            (total, loss), grads = gradient(before, None)
+        updates, opt_state = tx.update(grads, precision.widen(state.opt_state), before)
+        params = optax.apply_updates(before, updates)
         if "threshold" in params:
-            params = params | {"threshold": _follow(state.params["threshold"], loss.threshold)}
+            params = params | {"threshold": _follow(before["threshold"], loss.threshold)}
 
         fired = jnp.zeros(sae.latents, bool).at[loss.codes.ids].max(loss.codes.values != 0)
         tokens = x.shape[0]
@@ -92,10 +95,11 @@ def make_step(
             "grad_norm": grad_norm,
             "lr": rate(state.step),
         }
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.step))
         new = TrainState(
             step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
+            params=precision.narrow(params, state.params, keys[0]),
+            opt_state=precision.narrow(opt_state, state.opt_state, keys[1]),
             since_fired=since_fired,
             fvu=FVU_DECAY * state.fvu + (1 - FVU_DECAY) * fvu,
             bad_step=jnp.where((state.bad_step < 0) & bad, state.step, state.bad_step),
