@@ -43,6 +43,7 @@ setup(
             "pytest-xdist>=3.6",
             "torch==2.13.0",
         ],
+        "peers": ["eai-sparsify>=1.3", "sae-lens>=6.54", "torch==2.13.0"],
         "plot": ["matplotlib>=3.9"],
         "wandb": ["wandb"],
         "gpu": ["jax[cuda12]>=0.10"],

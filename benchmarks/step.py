@@ -4,8 +4,8 @@
         --k=32 --batch=4096
     python -m benchmarks.step --sweep=experts
 
-prints a JSON line a setting. Everything is timed as training runs it, `--steps_per_call` repetitions
-in one compiled call, and is the median of `--repeats` calls:
+prints a JSON line a setting. Everything is timed as training runs it, `--steps_per_call` times in
+one compiled call, and is the median of `--repeats` calls:
 
     s_per_step            the whole step; s_forward_backward without the optimiser, s_optimiser it
                           alone, s_selection the top-k and its gradient alone
@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax import Array
 
 from experiments import command_line
 from scale_sae_jax.config import CHOICES, OptimConfig, SAEConfig
@@ -99,6 +100,23 @@ def matmul_gflops(repeats: int) -> float:
     return 2 * 4096 * 768 * 6144 / looped_seconds(jnp.matmul, a, repeats, b) / 1e9
 
 
+def step_seconds(config: SAEConfig, batches: Array, repeats: int) -> float:
+    """Seconds of a training step on [C, T, D] activations, C steps a call."""
+    calls, _, width = batches.shape
+    sae = build(config, width)
+    adam = OptimConfig()
+    tx = optim.optimiser(adam, config.latents, 1000, config.decoder_norm)
+    rate = optim.schedule(adam, config.latents, 1000)
+    steps = make_steps(sae, tx, rate, config.dead_after)
+    now = [state.create(sae, tx, adam, 0, batches[0])]
+
+    def one_call():
+        now[0], metrics = steps(now[0], batches, calls, jnp.zeros(width))
+        return metrics["loss"], now[0].step
+
+    return median_seconds(one_call, repeats) / calls
+
+
 def measure(
     config: SAEConfig, width: int, batch: int, calls: int, repeats: int
 ) -> dict[str, float | int | str]:
@@ -107,7 +125,6 @@ def measure(
     sae = build(config, width)
     adam = OptimConfig()
     tx = optim.optimiser(adam, config.latents, 1000, config.decoder_norm)
-    rate = optim.schedule(adam, config.latents, 1000)
     x = jax.random.normal(jax.random.key(0), (calls, batch, width))
     now = state.create(sae, tx, adam, 0, x[0])
 
@@ -135,14 +152,8 @@ def measure(
 
     optimiser_seconds = looped_seconds(update, scales, repeats, moved, now.opt_state, now.params)
 
-    steps = make_steps(sae, tx, rate, config.dead_after)
-    holder = [now]
-
-    def one_call():
-        holder[0], metrics = steps(holder[0], x, calls, jnp.zeros(width))
-        return metrics["loss"], holder[0].step
-
-    seconds = median_seconds(one_call, repeats) / calls
+    del moved
+    seconds = step_seconds(config, x, repeats)
     useful = 10 * batch * active_width * width
     pairs = batch * config.active
     return {

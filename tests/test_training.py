@@ -64,7 +64,8 @@ def step_of(config, dead_after):
     sae = build(config, WIDTH)
     tx = optimiser(CONFIG.optim, config.latents, 100, config.decoder_norm)
     rate = schedule(CONFIG.optim, config.latents, 100)
-    return sae, state.create(sae, tx, CONFIG.optim, 0), jax.jit(make_step(sae, tx, rate, dead_after))
+    step = jax.jit(make_step(sae, tx, rate, dead_after))
+    return sae, state.create(sae, tx, CONFIG.optim, 0), step
 
 
 def leaves(train_state):
@@ -113,13 +114,15 @@ def test_calls_end_where_a_record_or_a_checkpoint_is_due(every):
         assert steps == list(range(start, 12))
         assert all(last - first <= most for first, last in calls)
         ends = {last for _, last in calls}
-        due = {s for s in range(start + 1, 13) if s % log == 0 or (checkpoint and s % checkpoint == 0)}
+        every = [count for count in (log, checkpoint) if count]
+        due = {s for s in range(start + 1, 13) if any(s % count == 0 for count in every)}
         assert due <= ends and (start > 0 or 1 in ends)
 
 
 def test_stochastic_rounding_is_to_a_neighbour_and_exact_on_average():
     x = jnp.asarray([1.0, 1 + 2**-9, -3.3, 1e-20, 0.0, jnp.inf, jnp.nan], jnp.float32)
-    draws = jax.vmap(precision.stochastic_round, (None, 0))(x, jax.random.split(jax.random.key(0), 4000))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    draws = jax.vmap(precision.stochastic_round, (None, 0))(x, keys)
     assert draws.dtype == jnp.bfloat16
     draws = np.asarray(draws, np.float32)
     assert (draws[:, 0] == 1).all() and (draws[:, 4] == 0).all()
