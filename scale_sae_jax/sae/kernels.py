@@ -62,8 +62,8 @@ class Tiles(NamedTuple):
 
 
 def tile_rows(pairs: int, experts: int) -> int:
-    """R: a quarter more than the mean run, so that most runs fit one tile; 32 to 256."""
-    return min(max(-(-5 * pairs // (4 * experts * 32)) * 32, 32), 256)
+    """R: a quarter more than the mean run, so that most runs fit one tile; 8 to 256."""
+    return min(max(-(-5 * pairs // (4 * experts * 8)) * 8, 8), 256)
 
 
 def cut(sizes: Int[Array, " N"], pairs: int, rows: int) -> Tiles:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from scale_sae_jax.config import SAEConfig
 from scale_sae_jax.sae import centring, decoding, kernels, routing, scaling, selection, start
@@ -78,25 +78,35 @@ class ScaleSAE(nn.Module):
     ) -> Float[Array, "T E M"]:
         """ReLU((x - b_dec) W^_i + c_i) of the selected experts, gated where the gate stands here.
 
-        See `centring` for b_dec.
+        `shift` is 0 and carries the gradient of b_dec; see `centring`.
         """
         c, experts = self.config, routed.experts
         centred = x - jax.lax.stop_gradient(self.b_dec)
-        pre = grouped_dot(centred, self.w_enc, groups, self.kernel, c.dtype)
+        products = grouped_dot(centred, self.w_enc, groups, self.kernel, c.dtype)  # [T, E, M]
         shift = centring.shift(self.b_dec, self.w_enc)  # [N, M]
         if c.feature_scaling != "none":
-            pre = scaling.scale_features(pre, self.along_low_pass(centred), self.omega, experts)
-            shift *= 1 + self.omega[:, None]
-        acts = jax.nn.relu(pre + (self.b_enc + shift)[experts])
+            along, along_shift = self.along_low_pass(centred, products, shift, experts)
+            products = scaling.scale_features(products, self.omega[experts], along)
+            shift = scaling.scale_features(shift, self.omega, along_shift)
+        acts = jax.nn.relu(products + (self.b_enc + shift)[experts])
         return acts if c.gate_at == "output" else acts * routing.gates(routed, c.gate)[..., None]
 
-    def along_low_pass(self, centred: Float[Array, "T D"]) -> Float[Array, "T N"] | None:
+    def along_low_pass(
+        self,
+        centred: Float[Array, "T D"],
+        products: Float[Array, "T E M"],
+        shift: Float[Array, "N M"],
+        experts: Int[Array, "T E"],
+    ) -> tuple[Float[Array, "T E"], Float[Array, " N"]]:
+        """What `products` and `shift` are along the low-pass direction a_i."""
         kind = self.config.feature_scaling
         if kind == "gain":
-            return None
-        transform = self.low_pass if kind == "mean_lp" else None
-        direction = scaling.low_pass(self.w_enc, transform)  # [N, D]
-        return centred @ direction.T - direction @ centring.offset(self.b_dec)
+            return jnp.zeros(experts.shape), jnp.zeros(shift.shape[0])
+        if kind == "mean":
+            return products.mean(-1), shift.mean(-1)
+        direction = scaling.low_pass(self.w_enc, self.low_pass)  # [N, D]
+        along = jnp.take_along_axis(centred @ direction.T, experts, axis=-1)
+        return along, -direction @ centring.offset(self.b_dec)
 
     def weighted(self, codes: Codes, routed: Routing) -> Codes:
         """Survivors times their expert's gate, where the gate stands at the output."""

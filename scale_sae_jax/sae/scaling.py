@@ -1,38 +1,25 @@
 """Feature scaling: the low-pass part of an expert's encoder stays, the rest is scaled by 1 + omega.
 
 With L_i the low-pass part (the same vector a_i for all m latents) and H_i = W_i - L_i, the scaled
-encoder is W^_i = L_i + (1 + omega_i) H_i = (1 + omega_i) W_i - omega_i L_i, so that
+encoder is W^_i = L_i + (1 + omega_i) H_i (Scale SAE, section 3, feature scaling), so that
 
-    x W^_i = (1 + omega_i) (x W_i) - omega_i (x . a_i):
+    x W^_i = x W_i + omega_i (x W_i - x . a_i).
 
-one scalar a token and expert, and no second matrix (Scale SAE, section 3, feature scaling).
+No second matrix is needed, and where a_i is the mean encoder direction, x . a_i is the mean of the
+products x W_i.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
-
-def low_pass(
-    w_enc: Float[Array, "N D M"], transform: Float[Array, "D D"] | None
-) -> Float[Array, "N D"]:
-    """a_i: the mean encoder direction of each expert, through `transform` if there is one."""
-    mean = w_enc.mean(axis=-1)
-    return mean if transform is None else mean @ transform
+from jaxtyping import Array, Float
 
 
 def scale_features(
-    products: Float[Array, "T E M"],
-    along: Float[Array, "T N"] | None,
-    omega: Float[Array, " N"],
-    experts: Int[Array, "T E"],
-) -> Float[Array, "T E M"]:
-    """x W^ from `products` = x W of the selected experts.
+    products: Float[Array, "*B M"], omega: Float[Array, "*B"], along: Float[Array, "*B"]
+) -> Float[Array, "*B M"]:
+    """x W^_i from `products` = x W_i and `along` = x . a_i; along = 0 scales the whole encoder."""
+    return products + omega[..., None] * (products - along[..., None])
 
-    Args:
-      along: x . a_i of every token and expert; None scales the whole encoder (control `gain`).
-    """
-    scale = omega[experts][..., None]  # [T, E, 1]
-    scaled = (1 + scale) * products
-    if along is None:
-        return scaled
-    return scaled - scale * jnp.take_along_axis(along, experts, axis=-1)[..., None]
+
+def low_pass(w_enc: Float[Array, "N D M"], transform: Float[Array, "D D"]) -> Float[Array, "N D"]:
+    """a_i = A mean_i: the mean encoder direction of each expert, through a learned map."""
+    return w_enc.mean(axis=-1) @ transform
