@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import flags
 from jax import Array
 
@@ -100,15 +101,19 @@ def matmul_gflops(repeats: int) -> float:
     return 2 * 4096 * 768 * 6144 / looped_seconds(jnp.matmul, a, repeats, b) / 1e9
 
 
-def step_seconds(config: SAEConfig, batches: Array, repeats: int) -> float:
-    """Seconds of a training step on [C, T, D] activations, C steps a call."""
-    calls, _, width = batches.shape
-    sae = build(config, width)
+def optimiser_of(config: SAEConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
     adam = OptimConfig()
     tx = optim.optimiser(adam, config.latents, 1000, config.decoder_norm)
-    rate = optim.schedule(adam, config.latents, 1000)
+    return tx, optim.schedule(adam, config.latents, 1000)
+
+
+def step_seconds(config: SAEConfig, batches: Array, repeats: int) -> float:
+    """The whole training step on [C, T, D] activations, C steps a call."""
+    calls, _, width = batches.shape
+    sae = build(config, width)
+    tx, rate = optimiser_of(config)
     steps = make_steps(sae, tx, rate, config.dead_after)
-    now = [state.create(sae, tx, adam, 0, batches[0])]
+    now = [state.create(sae, tx, OptimConfig(), 0, batches[0])]
 
     def one_call():
         now[0], metrics = steps(now[0], batches, calls, jnp.zeros(width))
@@ -117,43 +122,53 @@ def step_seconds(config: SAEConfig, batches: Array, repeats: int) -> float:
     return median_seconds(one_call, repeats) / calls
 
 
+def forward_backward(config: SAEConfig, batches: Array, repeats: int) -> tuple[float, int]:
+    """Seconds of the loss and its gradient, and XLA's bytes of temporaries for one of them."""
+    sae = build(config, batches.shape[2])
+    params = sae.init(jax.random.key(0), batches[0])
+
+    def gradient(x, params):
+        return jax.grad(lambda p: sae.loss(p, x, None).total)(params)
+
+    memory = jax.jit(gradient).lower(batches[0], params).compile().memory_analysis()
+    return looped_seconds(gradient, batches, repeats, params), memory.temp_size_in_bytes
+
+
+def selection_seconds(config: SAEConfig, batches: Array, repeats: int) -> float:
+    """The top-k over the active latents, and its gradient."""
+    size = config.latents // config.experts
+    shape = (*batches.shape[:2], config.active, size)
+    acts = jax.random.uniform(jax.random.key(0), shape)
+    experts = jnp.broadcast_to(jnp.arange(config.active), shape[1:3])
+
+    def gradient(acts, experts):
+        return jax.grad(lambda a: selection.per_token(a, experts, config.k).values.sum())(acts)
+
+    return looped_seconds(gradient, acts, repeats, experts)
+
+
+def optimiser_seconds(config: SAEConfig, batches: Array, repeats: int) -> float:
+    """Clipping, projection, Adam and renormalisation, given the gradient."""
+    tx, _ = optimiser_of(config)
+    params = build(config, batches.shape[2]).init(jax.random.key(0))
+    gradient = jax.tree.map(lambda p: 0.01 * p, params)
+
+    def update(scale, gradient, opt_state, params):
+        return tx.update(jax.tree.map(lambda g: scale * g, gradient), opt_state, params)
+
+    scales = jnp.ones(len(batches))
+    return looped_seconds(update, scales, repeats, gradient, tx.init(params), params)
+
+
 def measure(
     config: SAEConfig, width: int, batch: int, calls: int, repeats: int
 ) -> dict[str, float | int | str]:
-    """Times of one setting: the whole step, and its parts alone."""
+    """The line of one setting."""
+    batches = jax.random.normal(jax.random.key(0), (calls, batch, width))
     peak = matmul_gflops(repeats)
-    sae = build(config, width)
-    adam = OptimConfig()
-    tx = optim.optimiser(adam, config.latents, 1000, config.decoder_norm)
-    x = jax.random.normal(jax.random.key(0), (calls, batch, width))
-    now = state.create(sae, tx, adam, 0, x[0])
-
-    def objective(params, x):
-        return sae.loss(params, x, None).total
-
-    gradient = jax.grad(objective)
-    memory = jax.jit(gradient).lower(now.params, x[0]).compile().memory_analysis()
-    gradient_seconds = looped_seconds(lambda x, params: gradient(params, x), x, repeats, now.params)
-
-    def select(acts, experts):
-        return selection.per_token(acts, experts, config.k).values.sum()
-
+    gradient_seconds, temporaries = forward_backward(config, batches, repeats)
+    seconds = step_seconds(config, batches, repeats)
     active_width = config.active * config.latents // config.experts
-    acts = jax.random.uniform(jax.random.key(1), (calls, batch, config.active, active_width))
-    acts = acts[..., : active_width // config.active]
-    experts = sae.route(now.params, x[0]).experts
-    selection_seconds = looped_seconds(jax.grad(select), acts, repeats, experts)
-
-    moved = jax.tree.map(lambda p: 0.01 * p, now.params)
-    scales = jnp.ones(calls)
-
-    def update(scale, gradients, opt_state, params):
-        return tx.update(jax.tree.map(lambda g: scale * g, gradients), opt_state, params)
-
-    optimiser_seconds = looped_seconds(update, scales, repeats, moved, now.opt_state, now.params)
-
-    del moved
-    seconds = step_seconds(config, x, repeats)
     useful = 10 * batch * active_width * width
     pairs = batch * config.active
     return {
@@ -167,13 +182,13 @@ def measure(
         "dtype": config.dtype,
         "s_per_step": seconds,
         "s_forward_backward": gradient_seconds,
-        "s_optimiser": optimiser_seconds,
-        "s_selection": selection_seconds,
+        "s_optimiser": optimiser_seconds(config, batches, repeats),
+        "s_selection": selection_seconds(config, batches, repeats),
         "tok_per_s": batch / seconds,
         "flops_per_step": useful,
         "matmul_gflops": peak,
         "mfu": useful / seconds / 1e9 / peak,
-        "temporary_gb": memory.temp_size_in_bytes / 1e9,
+        "temporary_gb": temporaries / 1e9,
         "temporary_bound_gb": 4 * (4 * batch * active_width + pairs * width) / 1e9,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "platform": jax.devices()[0].platform,

@@ -9,7 +9,6 @@ No second matrix is needed, and where a_i is the mean encoder direction, x . a_i
 products x W_i.
 """
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
