@@ -106,7 +106,7 @@ def test_bfloat16_rounds_operands_and_sums_in_float32(kernel):
     assert rounded == 1.0
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     tokens=st.integers(1, 200),
     n_experts=st.integers(1, 9),
