@@ -23,7 +23,8 @@ class Autoencoder:
     """A sparse autoencoder of activations with D = `width` coordinates.
 
     All methods are pure functions of `params` and their arrays, and can be used inside `jax.jit`.
-    Activations are floats [..., D], NumPy or JAX, computed in float32; codes are sparse: `Codes`.
+    Activations are floats [..., D], NumPy or JAX, taken as float32 (`config.dtype` may round the
+    operands of products); codes are sparse: `Codes`.
     """
 
     module: nn.Module
