@@ -51,15 +51,20 @@ SWEEPS = {
 }
 
 
-def define(argv: list[str]) -> None:
-    del argv
-    flags.DEFINE_string("preset", "paper", "Options of the autoencoder.")
+def define_sizes() -> None:
+    """The sizes of a step, defined alike for every benchmark."""
     flags.DEFINE_integer("d", 768, "Width of the activations.", lower_bound=1)
     flags.DEFINE_integer("latents", 24_576, "Dictionary width.", lower_bound=1)
     flags.DEFINE_integer("experts", 64, "Experts.", lower_bound=1)
     flags.DEFINE_integer("active", 2, "Experts a token uses.", lower_bound=1)
     flags.DEFINE_integer("k", 32, "L0.", lower_bound=1)
     flags.DEFINE_integer("batch", 4096, "Activations a step.", lower_bound=1)
+
+
+def define(argv: list[str]) -> None:
+    del argv
+    flags.DEFINE_string("preset", "paper", "Options of the autoencoder.")
+    define_sizes()
     flags.DEFINE_enum("kernel", "auto", CHOICES["sae.kernel"], "How experts are multiplied.")
     flags.DEFINE_enum("dtype", "float32", CHOICES["sae.dtype"], "Operands of the products.")
     flags.DEFINE_integer("steps_per_call", 8, "Steps that one compiled call takes.", lower_bound=1)

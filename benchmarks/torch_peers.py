@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from benchmarks.step import step_seconds
+from benchmarks.step import define_sizes, step_seconds
 from experiments import command_line
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae.presets import preset
@@ -35,12 +35,7 @@ LR = 1e-4
 
 def define(argv: list[str]) -> None:
     del argv
-    flags.DEFINE_integer("d", 768, "Width of the activations.", lower_bound=1)
-    flags.DEFINE_integer("latents", 24_576, "Dictionary width.", lower_bound=1)
-    flags.DEFINE_integer("experts", 64, "Experts.", lower_bound=1)
-    flags.DEFINE_integer("active", 2, "Experts a token uses.", lower_bound=1)
-    flags.DEFINE_integer("k", 32, "L0.", lower_bound=1)
-    flags.DEFINE_integer("batch", 4096, "Activations a step.", lower_bound=1)
+    define_sizes()
     flags.DEFINE_integer("repeats", 3, "Timed steps, or calls of 8 steps of ours.", lower_bound=1)
 
 
