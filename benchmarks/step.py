@@ -116,7 +116,7 @@ def step_seconds(config: SAEConfig, batches: Array, repeats: int) -> float:
     """The whole training step on [C, T, D] activations, C steps a call."""
     calls, _, width = batches.shape
     sae = build(config, width)
-    tx, rate = optimiser_of(config)
+    tx, rate = optimiser_of(sae.config)
     steps = make_steps(sae, tx, rate, config.dead_after)
     now = [state.create(sae, tx, OptimConfig(), 0, batches[0])]
 

@@ -4,9 +4,9 @@
     python -m benchmarks.torch_peers --d=768 --latents=24576 --experts=64 --active=2 --k=32 \
         --batch=4096
 
-prints a JSON line for this library's many-expert SAE, then one a rival of equal total width, with
-`ratio` = its seconds over ours. All are float32, take Adam with the gradient clipped to norm 1, and
-see no dead latents:
+prints a JSON line for each of `--presets` of this library, then one a rival of equal total width,
+with `ratio` = its seconds over those of the first line. All are float32, take Adam with the
+gradient clipped to norm 1, and see no dead latents:
 
     sae_lens topk        SAELens' TopKTrainingSAE as it comes (its option use_sparse_activations
                          has no backward pass on CPUs)
@@ -36,6 +36,7 @@ LR = 1e-4
 def define(argv: list[str]) -> None:
     del argv
     define_sizes()
+    flags.DEFINE_list("presets", ["paper"], "Autoencoders of ours, of the rivals' total width.")
     flags.DEFINE_integer("repeats", 3, "Timed steps, or calls of 8 steps of ours.", lower_bound=1)
 
 
@@ -148,19 +149,23 @@ def main() -> None:
     sizes = dict(latents=FLAGS.latents, experts=FLAGS.experts, active=FLAGS.active, k=FLAGS.k)
     shape = (8, FLAGS.batch, FLAGS.d)
     batches = np.random.default_rng(0).standard_normal(shape, np.float32)
-    ours = step_seconds(preset("paper", **sizes), jax.numpy.asarray(batches), FLAGS.repeats)
-    show("scale_sae_jax", ours, ours)
+    ours, first = jax.numpy.asarray(batches), None
+    for name in FLAGS.presets:
+        config = preset(name, **sizes, match="width")
+        spent = step_seconds(config, ours, FLAGS.repeats)
+        first = first or spent
+        show(f"scale_sae_jax {name}", spent, first)
     for name, make in (
         ("sae_lens topk", sae_lens),
         ("sparsify topk", sparsify),
         ("torch all experts", all_experts),
     ):
-        show(name, seconds(make(), batches), ours)
+        show(name, seconds(make(), batches), first)
 
 
-def show(name: str, spent: float, ours: float) -> None:
+def show(name: str, spent: float, first: float) -> None:
     line = {"name": name, "s_per_step": spent, "tok_per_s": FLAGS.batch / spent}
-    print(json.dumps(line | {"ratio": spent / ours}), flush=True)
+    print(json.dumps(line | {"ratio": spent / first}), flush=True)
 
 
 if __name__ == "__main__":

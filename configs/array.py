@@ -11,10 +11,15 @@ from scale_sae_jax.sae.presets import preset
 
 def get_config(arg=""):
     arg = parse_arg(
-        arg, path="", l0=32, experts=16, active=0, latents=4096, preset="paper", seed=0
+        arg, path="", l0=32, experts=16, active=0, latents=4096, preset="paper", match="", seed=0
     )
     sae = preset(
-        arg.preset, latents=arg.latents, experts=arg.experts, active=arg.active, k=arg.l0
+        arg.preset,
+        latents=arg.latents,
+        experts=arg.experts,
+        active=arg.active,
+        k=arg.l0,
+        match=arg.match,
     )
     return to_config_dict(
         Config(

@@ -22,9 +22,16 @@ BIOLOGY = "Biology and health sciences"
 
 
 def get_config(arg=""):
-    arg = parse_arg(arg, l0=32, experts=16, active=0, latents=4096, preset="paper", seed=0)
+    arg = parse_arg(
+        arg, l0=32, experts=16, active=0, latents=4096, preset="paper", match="", seed=0
+    )
     sae = preset(
-        arg.preset, latents=arg.latents, experts=arg.experts, active=arg.active, k=arg.l0
+        arg.preset,
+        latents=arg.latents,
+        experts=arg.experts,
+        active=arg.active,
+        k=arg.l0,
+        match=arg.match,
     )
     return to_config_dict(
         Config(

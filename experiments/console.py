@@ -9,10 +9,10 @@ from scale_sae_jax.run import Console
 
 
 class Bars(Console):
-    """One progress bar at a time."""
+    """One progress bar at a time, with `label` before what it says."""
 
-    def __init__(self):
-        self._bar, self._what = None, ""
+    def __init__(self, label: str = ""):
+        self._label, self._bar, self._what = label, None, ""
 
     def note(self, text: str) -> None:
         tqdm.write(f"note: {text}", file=sys.stderr)
@@ -36,8 +36,9 @@ class Bars(Console):
         if what != self._what or self._bar is None:
             self.close()
             self._what = what
-            self._bar = tqdm(desc=what, total=total, unit=f" {unit}", unit_scale=unit == "tokens",
-                             initial=0 if done < total else done, dynamic_ncols=True, mininterval=1)
+            self._bar = tqdm(desc=self._label + what, total=total, unit=f" {unit}",
+                             unit_scale=unit == "tokens", initial=0 if done < total else done,
+                             dynamic_ncols=True, mininterval=1)
         self._bar.update(done - self._bar.n)
 
 

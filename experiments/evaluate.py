@@ -19,7 +19,7 @@ from experiments import command_line
 from experiments.console import Bars, table
 from scale_sae_jax import load
 from scale_sae_jax.config import TextConfig, from_config_dict, to_config_dict
-from scale_sae_jax.run import check_sources, evaluate_run, open_sources
+from scale_sae_jax.run import check_sources, evaluate_run, open_sources, read_heldout
 from scale_sae_jax.workdir import read_config
 
 FLAGS = flags.FLAGS
@@ -59,7 +59,8 @@ def main() -> None:
     bars = Bars()
     try:
         sources = open_sources(config, workdir, Event(), bars)
-        results = evaluate_run(config, text, workdir, sources, sae, params, bars)
+        heldout = read_heldout(config, text, sources, bars)
+        results = evaluate_run(config, text, workdir, sources, heldout, sae, params, bars)
     finally:
         bars.close()
     print(f"{table(results)}\n  run: {workdir}")

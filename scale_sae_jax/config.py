@@ -89,10 +89,15 @@ class ActivationsConfig:
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """A many-expert sparse autoencoder; the options where sources disagree keep the paper's value.
+    """A sparse autoencoder; the options where sources disagree keep the Scale SAE paper's value.
 
+    architecture: 'scale' (many experts), or one dictionary: 'relu', 'gated', 'jumprelu', 'topk',
+        'batchtopk', 'matryoshka' (sae/registry.py).
     latents: dictionary width M over all experts. experts: N. active: experts a token uses (e).
-    k: L0, latents a token may use.
+    match: for one dictionary, what makes it comparable with the many-expert SAE that `latents`,
+        `experts` and `active` describe: its 'active' width e m, its total 'width' M, or the width
+        at which a step takes the same 'time' here. '' for many experts, or where experts = 1.
+    k: L0, latents a token may use; with a penalty, the L0 that it is steered to.
     gate: weight of a selected expert: 'prob' p, 'renorm' p/sum over the selected, 'softmax_probs'
         softmax over the selected probabilities, 'softmax_logits' over their logits, 'one'.
     gate_at: 'output' weights the surviving latents, 'code' weights them before the top-k.
@@ -100,9 +105,16 @@ class SAEConfig:
         d x d map), 'gain' (none: the whole encoder is scaled), 'none' (no scaling).
     decoder_norm: 'latent' unit rows, 'coordinate' unit columns inside an expert, 'none'.
     load_balance: its weight (0 = off). load_balance_from: count 'argmax' or all 'selected' experts.
+    balance_rate: step of a bias on the choice of experts that evens out their load (0 = off).
     auxk: reconstruct the residual with dead latents; auxk_weight its weight, auxk_latents how many
         (0 = d/2). dead_after: tokens without firing after which a latent counts as dead.
+    orthogonality: weight, in units of the batch's variance, of a penalty on decoder rows that are
+        alike (0 = off); each latent is compared with its chunk of `orthogonality_chunk`.
     topk_scope: the k survivors are chosen a 'token', over the 'batch', or k/e in each 'expert'.
+    penalty: of relu, gated and jumprelu, what the weight of sparsity starts from; penalty_rate how
+        fast it is steered to the target L0 (0 = fixed). l0_loss: jumprelu's 'quadratic' distance
+        from the target, or 'tanh' with a steered penalty. bandwidth: of jumprelu's gradients.
+    prefixes: nested dictionaries of matryoshka; each has half the latents of the next.
     dtype: 'bfloat16' rounds the operands of the large products; sums, the router and the selection
         stay in float32. kernel: how experts are multiplied (sae/kernels.py); 'auto' by platform.
     """
@@ -111,6 +123,7 @@ class SAEConfig:
     latents: int = 24_576
     experts: int = 64
     active: int = 2
+    match: str = ""
     k: int = 32
     gate: str = "prob"
     gate_at: str = "output"
@@ -118,13 +131,21 @@ class SAEConfig:
     decoder_norm: str = "latent"
     load_balance: float = 3.0
     load_balance_from: str = "argmax"
+    balance_rate: float = 0.0
     encoder_bias: bool = True
     tie_biases: bool = False
     auxk: bool = True
     auxk_weight: float = 1 / 32
     auxk_latents: int = 0
     dead_after: int = 10_000_000
+    orthogonality: float = 0.0
+    orthogonality_chunk: int = 1024
     topk_scope: str = "token"
+    penalty: float = 1.0
+    penalty_rate: float = 0.02
+    l0_loss: str = "quadratic"
+    bandwidth: float = 0.5
+    prefixes: int = 5
     dtype: str = "float32"
     kernel: str = "auto"
 
@@ -186,6 +207,8 @@ CHOICES = {
     "lm.dtype": ("float32", "bfloat16"),
     "text.packing": ("pack", "one"),
     "activations.dtype": ("bfloat16", "float32"),
+    "sae.match": ("", "active", "width", "time"),
+    "sae.l0_loss": ("quadratic", "tanh"),
     "sae.gate": ("prob", "renorm", "softmax_probs", "softmax_logits", "one"),
     "sae.gate_at": ("output", "code"),
     "sae.feature_scaling": ("mean", "mean_lp", "gain", "none"),
@@ -289,7 +312,7 @@ def check(config: Config) -> None:
 
 
 def _check_sae(sae: SAEConfig) -> None:
-    for name in ("latents", "experts", "active", "k"):
+    for name in ("latents", "experts", "active", "k", "orthogonality_chunk", "prefixes"):
         value = getattr(sae, name)
         _require(value > 0, f"config.sae.{name} = {value} must be at least 1")
     _require(
@@ -301,6 +324,12 @@ def _check_sae(sae: SAEConfig) -> None:
         sae.active <= sae.experts,
         f"config.sae.active = {sae.active} exceeds experts = {sae.experts}: lower active",
     )
+    for name in ("orthogonality", "balance_rate", "penalty_rate"):
+        value = getattr(sae, name)
+        _require(value >= 0, f"config.sae.{name} = {value} must not be negative")
+    for name in ("penalty", "bandwidth"):
+        value = getattr(sae, name)
+        _require(value > 0, f"config.sae.{name} = {value} must be positive")
     width = sae.active * sae.latents // sae.experts
     _require(
         sae.k <= width,

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -41,6 +40,15 @@ class Sources:
     train: ActivationStore | ActivationArray
     heldout: ActivationArray | None
     lm: LanguageModel | None
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """What an autoencoder is measured on; `skipped` counts documents left out as trained on."""
+
+    batches: list[EvalBatch]
+    tokens: int  # not padding
+    skipped: int
 
 
 class Console:
@@ -84,15 +92,52 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
         if stop.is_set():
             raise Interrupted(f"harvest stopped at {done} of {total} activations")
 
-    harvest(lm, config.text, _resolved(config).activations, config.lm, path, progress)
+    harvest(lm, config.text, resolved(config).activations, config.lm, path, progress)
     store = open_store(path)
     if store.manifest.note:
         console.note(store.manifest.note)
     return Sources(store, None, lm)
 
 
-def run(config: Config, workdir: Path, stop: Event, console: Console = Console()) -> dict[str, Any]:
+def read_heldout(
+    config: Config, text: TextConfig, sources: Sources, console: Console = Console()
+) -> Heldout:
+    """The held-out activations, on the host: the evaluator and PCA read them, the model runs once.
+
+    Args:
+      text: where to evaluate. On the text trained on, its held-out documents count; of another
+        text all documents do, except those that were trained on.
+    """
+    skipped = []
+    if sources.lm is None:
+        batches = array_batches(sources.heldout, config.eval.tokens)
+    else:
+        same = dataclasses.replace(text, max_documents=0, context=0) == dataclasses.replace(
+            config.text, max_documents=0, context=0
+        )
+        documents = heldout_documents(text, sources.train.documents(), same, skipped.append)
+        batches = text_batches(dataclasses.replace(config, text=text), sources.lm, documents)
+    kept, tokens = [], 0
+    for batch in batches:
+        kept.append(batch._replace(x=np.asarray(batch.x)))
+        tokens += int(batch.real.sum())
+        console.progress("held-out activations", tokens, max(tokens, config.eval.tokens))
+    return Heldout(kept, tokens, len(skipped))
+
+
+def run(
+    config: Config,
+    workdir: Path,
+    stop: Event,
+    console: Console = Console(),
+    sources: Sources | None = None,
+    heldout: Heldout | None = None,
+) -> dict[str, Any]:
     """Harvests, trains and evaluates; goes on where an earlier call with this folder stopped.
+
+    Args:
+      sources, heldout: what `open_sources` and `read_heldout` return for this config, where runs
+        share them; opened here if not given.
 
     Returns the contents of eval.json. Raises UserError for a user's mistake, before any work where
     it can be told by then, and Interrupted when `stop` was set; the same call then resumes.
@@ -101,13 +146,15 @@ def run(config: Config, workdir: Path, stop: Event, console: Console = Console()
     build(config.sae, 1)  # an unknown architecture
     for remark in folders.claim(config, workdir):
         console.note(remark)
-    sources = open_sources(config, workdir, stop, console)
+    sources = sources or open_sources(config, workdir, stop, console)
     show = lambda record: console.step(record, config.steps)  # noqa: E731
     summary = train(config, sources.train, workdir, stop, show)
     if not summary.finished:
         raise Interrupted(f"training stopped and saved at step {summary.step} of {config.steps}")
     sae = build(config.sae, sources.train.d)
-    return evaluate_run(config, config.text, workdir, sources, sae, summary.state.params, console)
+    heldout = heldout or read_heldout(config, config.text, sources, console)
+    params = summary.state.params
+    return evaluate_run(config, config.text, workdir, sources, heldout, sae, params, console)
 
 
 def evaluate_run(
@@ -115,45 +162,26 @@ def evaluate_run(
     text: TextConfig,
     workdir: Path,
     sources: Sources,
+    heldout: Heldout,
     sae: Autoencoder,
     params: Params,
     console: Console = Console(),
 ) -> dict[str, Any]:
-    """Measures a trained autoencoder on held-out text and writes eval.json and evals/TEXT.json.
+    """Measures a trained autoencoder and writes eval.json and evals/TEXT.json.
 
     Args:
-      text: where to evaluate. On the text trained on, its held-out documents count; of another
-        text all documents do, except those that were trained on.
+      text: where `heldout` was read from.
     """
-    here = dataclasses.replace(config, text=text)
-    skipped = []
-
-    def batches() -> Iterator[EvalBatch]:
-        skipped.clear()
-        if sources.lm is None:
-            return array_batches(sources.heldout, config.eval.tokens)
-        same = dataclasses.replace(text, max_documents=0, context=0) == dataclasses.replace(
-            config.text, max_documents=0, context=0
-        )
-        documents = heldout_documents(text, sources.train.documents(), same, skipped.append)
-        return text_batches(here, sources.lm, documents)
-
-    # The evaluator and PCA both read them: kept, so that the model runs once.
-    kept, tokens = [], 0
-    for batch in batches():
-        kept.append(batch._replace(x=np.asarray(batch.x)))
-        tokens += int(batch.real.sum())
-        console.progress("held-out activations", tokens, max(tokens, config.eval.tokens))
     store, ratio = sources.train, config.activations.max_norm_ratio
-    done = itertools.accumulate(int(batch.real.sum()) for batch in kept)
+    done = itertools.accumulate(int(batch.real.sum()) for batch in heldout.batches)
 
     def progress(_: int) -> None:
-        console.progress("evaluate", next(done), tokens)
+        console.progress("evaluate", next(done), heldout.tokens)
 
     results = evaluate(
         sae,
         params,
-        kept,
+        heldout.batches,
         mean=store.mean,
         median_norm=store.median_norm,
         max_norm_ratio=ratio,
@@ -167,10 +195,11 @@ def evaluate_run(
     sample = store.rows(np.linspace(0, store.n - 1, min(store.n, PCA_ROWS)).astype(np.int64))
     max_norm = ratio * store.median_norm if ratio else np.inf
     directions = pca.components(sample, np.asarray(store.mean), min(config.sae.k, store.d))
-    results["fvu_pca"] = pca.fvu(kept, np.asarray(store.mean), directions, max_norm)
+    results["fvu_pca"] = pca.fvu(heldout.batches, np.asarray(store.mean), directions, max_norm)
     results["eval_text"] = config.activations.path if sources.lm is None else text.path
-    results["eval_documents_skipped"] = len(skipped)
+    results["eval_documents_skipped"] = heldout.skipped
     results["architecture"] = config.sae.architecture
+    results["match"] = config.sae.match
 
     words = f"{Path(str(results['eval_text'])).stem} {text.where.replace('!=', ' not ')}"
     name = re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-")
@@ -202,12 +231,12 @@ def load(path: str | Path, step: int | str = "latest") -> tuple[Autoencoder, Par
             have = ", ".join(map(str, checkpoints.steps))
             raise UserError(f"{workdir} has no checkpoint {step}: there are {have}, latest, best")
         sae = build(config.sae, checkpoints.width(number))
-        tx = optimiser(config.optim, config.sae.latents, config.steps, config.sae.decoder_norm)
+        tx = optimiser(config.optim, sae.latents, config.steps, sae.config.decoder_norm)
         restored = checkpoints.restore(number, state.abstract(sae, tx, config.optim))
     return sae, restored.params
 
 
-def _resolved(config: Config) -> Config:
+def resolved(config: Config) -> Config:
     """`activations.tokens` = 0 means as many as the run trains on."""
     tokens = config.activations.tokens or config.steps * config.batch_size
     activations = dataclasses.replace(config.activations, tokens=tokens)

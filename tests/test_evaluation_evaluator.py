@@ -35,6 +35,7 @@ class TiedSAE:
     experts: int = 1
     active: int = 1
     width: int = D
+    sparse_codes: bool = True
 
     def route(self, params, x):
         probs = jax.nn.softmax(x @ params["router"])

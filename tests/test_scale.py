@@ -15,6 +15,7 @@ from scale_sae_jax.sae import build, kernels, reference
 from scale_sae_jax.sae.presets import PRESETS, preset
 
 WIDTH = 12
+MANY_EXPERTS = [name for name, options in PRESETS.items() if "architecture" not in options]
 SMALL = SAEConfig(latents=40, experts=5, active=2, k=6, auxk_latents=4)
 
 
@@ -53,16 +54,17 @@ def assert_matches_reference(config, seed=0):
     def both(p):
         def ours(p):
             loss = sae.loss(p, x, dead)
-            return loss.total, loss.codes
+            return loss.total, loss.firing
 
         def theirs(p):
-            return reference.loss(config, p, x, dead), reference.forward(config, p, x).codes
+            codes = reference.forward(config, p, x).codes
+            return reference.loss(config, p, x, dead), (codes != 0).sum(0)
 
         return [jax.value_and_grad(f, has_aux=True)(p) for f in (ours, theirs)]
 
-    ((loss, codes), grads), ((expected_loss, expected_codes), expected_grads) = both(params)
+    ((loss, firing), grads), ((expected_loss, expected_firing), expected_grads) = both(params)
     assert_close(loss, expected_loss)
-    assert_close(dense(codes, config.latents), expected_codes)
+    np.testing.assert_array_equal(firing, expected_firing)
     for name in set(grads) - {"threshold"}:
         assert_close(grads[name], expected_grads[name])
 
@@ -70,7 +72,7 @@ def assert_matches_reference(config, seed=0):
 OPTIONS = [
     dataclasses.replace(SMALL, **{name.removeprefix("sae."): value})
     for name, values in CHOICES.items()
-    if name.startswith("sae.") and name != "sae.dtype"
+    if name.startswith("sae.") and name not in ("sae.dtype", "sae.match", "sae.l0_loss")
     for value in values
 ]
 CROSSED = [
@@ -96,13 +98,13 @@ def test_option_matches_reference(config):
     assert_matches_reference(config)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MANY_EXPERTS)
 def test_preset_matches_reference(name):
     config = preset(name, latents=40, experts=5, active=0, k=6)
     assert_matches_reference(dataclasses.replace(config, auxk_latents=4))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MANY_EXPERTS)
 def test_decode_encode_is_reconstruct_and_inference_matches_reference(name):
     config = preset(name, latents=40, experts=5, active=0, k=6)
     sae, params, x, _ = setting(config)
@@ -115,7 +117,7 @@ def test_decode_encode_is_reconstruct_and_inference_matches_reference(name):
     assert flat.ids.dtype == jnp.int32
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MANY_EXPERTS)
 def test_gradient_for_the_activations_matches_reference(name):
     """Training never asks for it, attribution through a spliced model does."""
     config = preset(name, latents=40, experts=5, active=0, k=6)
@@ -145,7 +147,7 @@ def test_bfloat16_is_near_float32():
     sae, params, x, dead = setting(SMALL)
     rounded = build(dataclasses.replace(SMALL, dtype="bfloat16"), WIDTH)
     loss, near = (s.loss(params, x, dead) for s in (sae, rounded))
-    assert near.codes.values.dtype == jnp.float32
+    assert rounded.encode(params, x).values.dtype == jnp.float32
     assert loss.mse != near.mse
     assert abs(near.mse / loss.mse - 1) < 0.02
 
@@ -205,14 +207,13 @@ def test_zero_latents_are_not_active():
 def test_batch_scope_has_a_threshold_at_inference():
     config = dataclasses.replace(SMALL, topk_scope="batch")
     sae, params, x, dead = setting(config)
+    params = params | {"threshold": jnp.zeros(())}  # no batch seen yet
     loss = sae.loss(params, x, dead)
-    assert int((loss.codes.values != 0).sum()) <= config.k * len(x)
-    params = params | {"threshold": loss.threshold - 1e-6}
-    assert_close(
-        dense(sae.encode(params, x), config.latents), dense(loss.codes, config.latents)
-    )
-    alone = sae.encode(params, x[:1])
-    assert_close(dense(alone, config.latents), dense(loss.codes, config.latents)[:1])
+    assert 0 < int(loss.firing.sum()) <= config.k * len(x)
+    params = params | {"threshold": loss.tracked["threshold"] - 1e-6}
+    expected = jax.jit(lambda p: reference.forward(config, p, x).codes)(params)
+    assert_close(dense(sae.encode(params, x), config.latents), expected)
+    assert_close(dense(sae.encode(params, x[:1]), config.latents), expected[:1])
 
 
 @settings(max_examples=8, deadline=None)
@@ -227,13 +228,14 @@ def test_any_shape_matches_reference(experts, size, tokens, data):
     k = data.draw(st.integers(1, active * size))
     config = SAEConfig(latents=experts * size, experts=experts, active=active, k=k)
     sae, params, x, dead = setting(config, tokens=tokens, seed=k)
-    out, codes, loss = jax.jit(
+    out, ours, codes, loss = jax.jit(
         lambda p: (
             sae.loss(p, x, dead),
+            sae.encode(p, x),
             reference.forward(config, p, x).codes,
             reference.loss(config, p, x, dead),
         )
     )(params)
-    assert_close(dense(out.codes, config.latents), codes, 1e-4)
+    assert_close(dense(ours, config.latents), codes, 1e-4)
     assert_close(out.total, loss, 1e-4)
-    assert int((out.codes.values != 0).sum(-1).max()) <= k
+    assert int((ours.values != 0).sum(-1).max()) <= k

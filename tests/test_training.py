@@ -15,11 +15,12 @@ from scale_sae_jax.activations.batches import batch_ids
 from scale_sae_jax.config import Config, LMConfig, OptimConfig, SAEConfig, TextConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae import build
+from scale_sae_jax.sae.selection import THRESHOLD_DECAY
 from scale_sae_jax.training import metrics, precision, state
 from scale_sae_jax.training.checkpoints import Checkpoints
 from scale_sae_jax.training.loop import _calls, train
 from scale_sae_jax.training.optim import optimiser, schedule
-from scale_sae_jax.training.step import THRESHOLD_DECAY, make_step, make_steps
+from scale_sae_jax.training.step import make_step, make_steps
 
 WIDTH, ROWS, BATCH = 16, 320, 32
 SAE = SAEConfig(latents=64, experts=4, active=2, k=4, auxk_latents=8, load_balance=0.1)
@@ -214,13 +215,15 @@ def test_threshold_is_a_running_mean_from_its_first_value_on(activations):
         if number == 2:  # a batch in which no latent is positive has no smallest survivor
             bias = jnp.full_like(now.params["b_enc"], -1e6)
             now = now._replace(params=now.params | {"b_enc": bias})
-        smallest.append(float(sae.loss(now.params, x, now.since_fired > 0).threshold))
+        fresh = now.params | {"threshold": jnp.zeros(())}
+        tracked = sae.loss(fresh, x, now.since_fired > 0).tracked
+        smallest.append(float(tracked["threshold"]))
         now, values = step(now, x, mean)
         if number == 0:
             assert now.params["threshold"] == pytest.approx(smallest[0])
             assert values["l0"] == pytest.approx(3, rel=0.01)
     followed = THRESHOLD_DECAY * smallest[0] + (1 - THRESHOLD_DECAY) * smallest[1]
-    assert smallest[0] != smallest[1] and smallest[2] == np.inf
+    assert smallest[0] != smallest[1] and smallest[2] == 0
     assert now.params["threshold"] == pytest.approx(followed, rel=1e-5)
 
 

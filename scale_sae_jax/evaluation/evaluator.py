@@ -38,6 +38,7 @@ class SparseAutoencoder(Protocol):
     experts: int
     active: int
     k: int
+    sparse_codes: bool  # decoding reads k rows a token, else all active latents
 
     def encode(self, params: PyTree, x: Array) -> Any: ...
     def decode(self, params: PyTree, codes: Any) -> Array: ...
@@ -148,11 +149,16 @@ def count_tokens(batch: EvalBatch, kept: Bool[np.ndarray, "B S"]) -> dict[str, i
 
 
 def cost_metrics(
-    sae: SparseAutoencoder, params: PyTree, sparse_decoder: bool
+    sae: SparseAutoencoder, params: PyTree
 ) -> dict[str, int]:
     """Compute and size of the autoencoder."""
     flops = forward_flops(
-        sae.width, sae.latents, sae.experts, sae.active, sae.k, sparse_decoder=sparse_decoder
+        sae.width,
+        sae.latents,
+        sae.experts,
+        sae.active,
+        sae.k,
+        sparse_decoder=sae.sparse_codes,
     )
     return {
         "flops_per_token": flops.total,
@@ -197,7 +203,6 @@ def evaluate(
     training: Mapping[str, float | int | None],
     bootstrap: int = 1000,
     seed: int = 0,
-    sparse_decoder: bool = True,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, float | int | list | str | None]:
     """Measures an autoencoder on held-out activations.
@@ -216,7 +221,6 @@ def evaluate(
       training: `tokens_seen`, `train_seconds`, `tokens_per_second`, copied into the result.
       bootstrap: resamplings of the documents for the 95 % intervals; 0 for none.
       seed: of the resampling and of the shuffle for `expert_mi_null`.
-      sparse_decoder: whether the decoder reads only the rows it needs, for the FLOPs.
       progress: called after each batch with its number of real tokens (`tqdm.update` fits).
 
     Raises:
@@ -275,7 +279,7 @@ def evaluate(
             sae.experts,
             seed,
         ),
-        **cost_metrics(sae, params, sparse_decoder),
+        **cost_metrics(sae, params),
         **{key: training.get(key) for key in TRAINING_KEYS},
         **counts,
         "eval_documents": len(documents),

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from scale_sae_jax.config import SAEConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae.codes import Codes, Routing
-from scale_sae_jax.sae.start import geometric_median
+from scale_sae_jax.sae.losses import Loss, orthogonality, variance
 
 Params = Any  # a pytree of arrays
 AnyArray = Array | np.ndarray
@@ -47,13 +47,22 @@ class Autoencoder:
     def k(self) -> int:
         return self.config.k
 
+    @property
+    def sparse_codes(self) -> bool:
+        """Whether codes have k slots, so that decoding reads k rows; else all active latents."""
+        return self.module.sparse_codes
+
+    @property
+    def revives(self) -> bool:
+        """Whether the loss of a batch depends on which latents are dead (AuxK)."""
+        return self.module.revives and self.config.auxk
+
     def init(self, key: Array, first_batch: Float[Array, "T D"] | None = None) -> Params:
-        """Fresh parameters; b_dec and b_router start at the geometric median of `first_batch`."""
+        """Fresh parameters; some, such as b_dec, start from values of `first_batch`."""
         params = self.module.init(key, method="decoder")["params"]
         if first_batch is None:
             return params
-        centre = geometric_median(first_batch)
-        return params | {name: centre.copy() for name in ("b_dec", "b_router") if name in params}
+        return params | self._apply(params, "start", self._rows(first_batch))
 
     def encode(self, params: Params, x: Float[AnyArray, "*T D"]) -> Codes:
         """Sparse codes of x, K slots each."""
@@ -80,13 +89,27 @@ class Autoencoder:
         return self._apply(params, "decoder")
 
     def loss(
-        self, params: Params, x: Float[AnyArray, "T D"], dead: Bool[AnyArray, " L"] | None
-    ) -> Any:
-        """The training loss of one batch and its parts; see `Loss` beside the module.
+        self,
+        params: Params,
+        x: Float[AnyArray, "T D"],
+        dead: Bool[AnyArray, " L"] | None,
+        key: Array | None = None,
+    ) -> Loss:
+        """The training loss of one batch and its parts.
 
-        `dead` marks the latents that AuxK revives, by global id; None where there are none.
+        Args:
+          dead: latents that AuxK revives, by global id; None where there are none.
+          key: deals the chunks of the orthogonality penalty; needed where that is on.
         """
-        return self._apply(params, "loss", self._rows(x), dead)
+        c, x = self.config, self._rows(x)
+        loss = self._apply(params, "loss", x, dead)
+        if not c.orthogonality:
+            return loss
+        term = orthogonality(self.decoder(params), key, c.orthogonality_chunk)
+        return loss._replace(
+            total=loss.total + c.orthogonality * variance(x) * term,
+            terms=loss.terms | {"orthogonality": term},
+        )
 
     def n_params(self, params: Params) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(params))

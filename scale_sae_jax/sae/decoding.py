@@ -25,6 +25,18 @@ from scale_sae_jax.sae.losses import mean_square
 CHUNK_ELEMENTS = 3 << 17
 
 
+def decode(
+    codes: Codes, rows: Float[Array, "L D"], kernel: Kernel, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "T D"]:
+    """sum_k values[t, k] * rows[ids[t, k]], by gathered rows or the dense code by cost."""
+    tokens, slots = codes.ids.shape
+    if rows.shape[0] > kernel.gathered_row * slots:
+        return decode_rows(*codes, rows, dtype)
+    dense = jnp.zeros((tokens, rows.shape[0]), codes.values.dtype)
+    dense = dense.at[jnp.arange(tokens)[:, None], codes.ids].add(codes.values)
+    return _einsum("tl,ld->td", dense.astype(dtype), rows.astype(dtype))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def decode_rows(
     values: Float[Array, "T K"],

@@ -151,6 +151,16 @@ def _tiles_outer(left: Rows, right: Rows, groups: Groups) -> Float[Array, "N A B
     return out.at[tiles.expert].add(products, indices_are_sorted=True)
 
 
+def _one_expert_dot(
+    rows: Rows, w: Float[Array, "1 X Y"], groups: Groups, transposed: bool
+) -> Float[Array, "P B"]:
+    return _product(rows.array, w[0], transposed)
+
+
+def _one_expert_outer(left: Rows, right: Rows, groups: Groups) -> Float[Array, "1 A B"]:
+    return _outer(left.array, right.array)[None]
+
+
 def _ragged_dot(
     rows: Rows, w: Float[Array, "N X Y"], groups: Groups, transposed: bool
 ) -> Float[Array, "P B"]:
@@ -181,3 +191,8 @@ BEST = {"cpu": "loop", "gpu": "tiles", "tpu": "ragged"}
 def choose(name: str) -> Kernel:
     """The kernel of that name; 'auto' takes the one for the platform that JAX computes on."""
     return KERNELS[BEST.get(jax.default_backend(), "tiles") if name == "auto" else name]
+
+
+def one_expert(name: str) -> Kernel:
+    """The kernel for one expert that takes all tokens in their order: plain products."""
+    return choose(name)._replace(dot=_one_expert_dot, outer=_one_expert_outer)

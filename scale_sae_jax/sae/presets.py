@@ -23,16 +23,54 @@ PRESETS = {
     ),
     # The paper's method without feature scaling.
     "plain": dict(feature_scaling="none"),
+    # One dictionary: see the file of each architecture for its paper.
+    "relu": dict(architecture="relu", decoder_norm="none", auxk=False, penalty=3.0),
+    "gated": dict(architecture="gated", auxk=False, penalty=4.0),
+    "jumprelu": dict(architecture="jumprelu", auxk=False, penalty=2.0),
+    "topk": dict(architecture="topk"),
+    "batchtopk": dict(architecture="batchtopk"),
+    "matryoshka": dict(architecture="matryoshka"),
 }
 
 
-def preset(name: str, *, latents: int, experts: int, active: int, k: int) -> SAEConfig:
-    """The settings of a preset at a given size; `active` = 0 means its own (switch 1, else 2).
+def preset(
+    name: str, *, latents: int, experts: int, active: int, k: int, match: str = ""
+) -> SAEConfig:
+    """The settings of a preset at a given size.
 
-    Raises UserError for an unknown name.
+    Args:
+      name: one of PRESETS.
+      latents, experts, active: the many-expert SAE, or the one to compare with; `active` = 0 means
+        the preset's own (switch 1, else 2).
+      k: L0.
+      match: for one dictionary, see `SAEConfig.match`, by default 'active'. For a preset with its
+        own number of active experts, 'active' gives it as many fewer, wider experts as it takes
+        for the same active width.
+
+    Raises UserError for an unknown name, or one that cannot be matched.
     """
     if name not in PRESETS:
         raise UserError(f"preset '{name}' is unknown: choose one of {', '.join(PRESETS)}")
-    config = dataclasses.replace(SAEConfig(), **PRESETS[name])
-    active = active or min(config.active, experts)
-    return dataclasses.replace(config, latents=latents, experts=experts, active=active, k=k)
+    options = PRESETS[name]
+    config = dataclasses.replace(SAEConfig(), **options)
+    asked = active or min(SAEConfig().active if match else config.active, experts)
+    sizes = dict(latents=latents, experts=experts, active=asked, k=k)
+    if "architecture" in options:
+        sizes["match"] = match or "active"
+    elif match == "time":
+        raise UserError(f"match=time is for one dictionary; preset '{name}' has experts")
+    elif match and "active" in options:
+        sizes |= _own_active(sizes, options["active"], match)
+    return dataclasses.replace(config, **sizes)
+
+
+def _own_active(sizes: dict[str, int], own: int, match: str) -> dict[str, int]:
+    if match == "width":
+        return {"active": own}
+    experts = sizes["experts"] * own
+    if experts % sizes["active"]:
+        raise UserError(
+            f"match=active: {sizes['experts']} experts cannot be regrouped from "
+            f"{sizes['active']} active ones to {own}: choose a multiple"
+        )
+    return {"active": own, "experts": experts // sizes["active"]}

@@ -1,18 +1,59 @@
 """Names of architectures, and the only place that looks at them."""
 
+import dataclasses
+
 from scale_sae_jax.config import SAEConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae.autoencoder import Autoencoder
+from scale_sae_jax.sae.batchtopk import BatchTopKSAE
+from scale_sae_jax.sae.dictionary import DictionarySAE
+from scale_sae_jax.sae.gated import GatedSAE
+from scale_sae_jax.sae.jumprelu import JumpReLUSAE
+from scale_sae_jax.sae.matryoshka import MatryoshkaSAE
+from scale_sae_jax.sae.relu import ReLUSAE
 from scale_sae_jax.sae.scale import ScaleSAE
+from scale_sae_jax.sae.topk import TopKSAE
 
-ARCHITECTURES = {"scale": ScaleSAE}
+ARCHITECTURES = {
+    "scale": ScaleSAE,
+    "relu": ReLUSAE,
+    "gated": GatedSAE,
+    "jumprelu": JumpReLUSAE,
+    "topk": TopKSAE,
+    "batchtopk": BatchTopKSAE,
+    "matryoshka": MatryoshkaSAE,
+}
 
 
 def build(config: SAEConfig, width: int) -> Autoencoder:
-    """The autoencoder that `config` names, for activations with `width` coordinates."""
+    """The autoencoder that `config` names, for activations with `width` coordinates.
+
+    Its own config holds the sizes that `match` resolves to. Raises UserError for an unknown name,
+    and for sizes that the architecture cannot have.
+    """
     if config.architecture not in ARCHITECTURES:
         raise UserError(
             f"config.sae.architecture = '{config.architecture}' is unknown: "
             f"choose one of {', '.join(ARCHITECTURES)}"
         )
-    return Autoencoder(ARCHITECTURES[config.architecture](config, width), config, width)
+    module = ARCHITECTURES[config.architecture]
+    if issubclass(module, DictionarySAE):
+        config = _one_dictionary(config)
+    return Autoencoder(module(config, width), config, width)
+
+
+def _one_dictionary(config: SAEConfig) -> SAEConfig:
+    """The config with the width that `match` asks for, and one expert."""
+    if config.match == "time":
+        raise UserError(
+            "config.sae.match = 'time' is measured by experiments.train; here give a width with "
+            "match=width"
+        )
+    if not config.match and config.experts > 1:
+        raise UserError(
+            f"config.sae.experts = {config.experts}: architecture '{config.architecture}' has one "
+            "dictionary; set experts and active to 1, or match to active or width"
+        )
+    share = config.active if config.match == "active" else config.experts
+    latents = share * (config.latents // config.experts)
+    return dataclasses.replace(config, latents=latents, experts=1, active=1)

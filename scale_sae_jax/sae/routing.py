@@ -14,12 +14,16 @@ def route(
     w_router: Float[Array, "D N"],
     c_router: Float[Array, " N"],
     active: int,
+    balance: Float[Array, " N"] | None = None,
 ) -> Routing:
-    """p = softmax((x - b) W + c) and the `active` most probable experts (Scale SAE, section 3)."""
+    """p = softmax((x - b) W + c) and the `active` most probable experts (Scale SAE, section 3).
+
+    `balance` is added to the logits for the choice of experts alone, see `rebalanced`.
+    """
     centred = x - jax.lax.stop_gradient(b_router)
     logits = centred @ w_router + (c_router - centring.offset(b_router) @ w_router)
     probs = jax.nn.softmax(logits, axis=-1)
-    _, experts = jax.lax.top_k(probs, active)
+    _, experts = jax.lax.top_k(probs if balance is None else logits + balance, active)
     return Routing(logits, probs, jnp.sort(experts, axis=-1))
 
 
@@ -57,6 +61,16 @@ def expert_share(routing: Routing, count: str) -> Float[Array, " N"]:
         chosen = routing.experts
     counts = jnp.zeros(experts).at[chosen.reshape(-1)].add(1.0)
     return counts / chosen.size
+
+
+def rebalanced(
+    balance: Float[Array, " N"], load: Float[Array, " N"], rate: float
+) -> Float[Array, " N"]:
+    """The balance for the next batch: experts with less than their share of the load gain `rate`.
+
+    Evens out the load without an auxiliary loss (Wang et al. 2024, arXiv 2408.15664).
+    """
+    return balance + rate * jnp.sign(1 / load.shape[0] - load)
 
 
 def load_balance(routing: Routing, width: int, count: str) -> Float[Array, ""]:

@@ -4,8 +4,6 @@ The module holds parameters and calls the pure functions of its neighbours, in t
 paper: route, encode with the selected experts, scale features, gate, select, decode.
 """
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,22 +15,8 @@ from scale_sae_jax.sae.codes import Codes, Routing
 from scale_sae_jax.sae.grouped import grouped_dot
 from scale_sae_jax.sae.groups import Groups, group
 from scale_sae_jax.sae.kernels import Kernel
-
-
-class Loss(NamedTuple):
-    """What one batch yields: the terms of the loss, and what the training step keeps count of.
-
-    total = mse + weighted load_balance + weighted auxk. threshold: smallest surviving value, the
-    running mean of which is the inference threshold of topk_scope 'batch'.
-    """
-
-    total: Float[Array, ""]
-    mse: Float[Array, ""]
-    load_balance: Float[Array, ""]
-    auxk: Float[Array, ""]
-    codes: Codes
-    expert_load: Float[Array, " N"]
-    threshold: Float[Array, ""]
+from scale_sae_jax.sae.losses import Loss
+from scale_sae_jax.sae.sparsity import count_slots
 
 
 class ScaleSAE(nn.Module):
@@ -40,8 +24,11 @@ class ScaleSAE(nn.Module):
 
     Parameters: w_enc [N, D, M], b_enc [N, M], w_dec [N, M, D], b_dec [D], w_router [D, N],
     c_router [N], b_router [D] (absent when biases are tied), omega [N] and low_pass [D, D] where
-    feature scaling has them, threshold [] (set by training, not by a gradient) for scope 'batch'.
+    feature scaling has them. Two follow the batches instead of a gradient: threshold [] of scope
+    'batch', and balance [N] where `balance_rate` is set.
     """
+
+    revives = True
 
     config: SAEConfig
     width: int
@@ -65,13 +52,28 @@ class ScaleSAE(nn.Module):
             self.low_pass = self.param("low_pass", lambda _: jnp.eye(d))
         if c.topk_scope == "batch":
             self.threshold = self.param("threshold", zeros, ())
+        if c.balance_rate:
+            self.balance = self.param("balance", zeros, (n,))
+
+    def start(self, x: Float[Array, "T D"]) -> dict[str, Array]:
+        """Starting values that depend on the first batch: its geometric median."""
+        centre = start.geometric_median(x)
+        return {"b_dec": centre} | ({} if self.config.tie_biases else {"b_router": centre.copy()})
+
+    @property
+    def sparse_codes(self) -> bool:
+        """Whether a token has k slots; else one for every latent of its experts."""
+        return self.config.topk_scope != "batch"
 
     @property
     def kernel(self) -> Kernel:
         return kernels.choose(self.config.kernel)
 
     def route(self, x: Float[Array, "T D"]) -> Routing:
-        return routing.route(x, self.b_router, self.w_router, self.c_router, self.config.active)
+        balance = self.balance if self.config.balance_rate else None
+        return routing.route(
+            x, self.b_router, self.w_router, self.c_router, self.config.active, balance
+        )
 
     def acts(
         self, x: Float[Array, "T D"], routed: Routing, groups: Groups
@@ -159,18 +161,23 @@ class ScaleSAE(nn.Module):
         codes = self.weighted(survivors, routed)
         mse, residual = self.squared_error(x - self.b_dec, codes, routed, groups)
         balance = routing.load_balance(routed, self.width, c.load_balance_from)
+        load = routing.expert_share(routed, "selected")
         auxk = jnp.zeros(())
         if c.auxk and dead is not None:
             slots = min(c.auxk_latents or self.width // 2, acts.shape[1] * acts.shape[2])
             revived = self.weighted(selection.dead_codes(acts, routed.experts, dead, slots), routed)
             auxk, _ = self.squared_error(residual, revived, routed, groups)
             auxk = jnp.where(dead.any(), auxk, 0)
+        tracked = {}
+        if c.topk_scope == "batch":
+            tracked["threshold"] = selection.follow_threshold(self.threshold, survivors.values)
+        if c.balance_rate:
+            tracked["balance"] = routing.rebalanced(self.balance, load, c.balance_rate)
         return Loss(
             total=mse + c.load_balance * balance + c.auxk_weight * auxk,
             mse=mse,
-            load_balance=balance,
-            auxk=auxk,
-            codes=codes,
-            expert_load=routing.expert_share(routed, "selected"),
-            threshold=jnp.min(jnp.where(survivors.values > 0, survivors.values, jnp.inf)),
+            terms={"load_balance": balance, "auxk": auxk},
+            firing=count_slots(codes, c.latents),
+            expert_load=load,
+            tracked=tracked,
         )

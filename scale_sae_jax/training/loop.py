@@ -57,9 +57,9 @@ def train(
     is no longer finite; checkpoints before that step stay.
     """
     sae = build(config.sae, activations.d)
-    tx = optimiser(config.optim, config.sae.latents, config.steps, config.sae.decoder_norm)
-    rate = schedule(config.optim, config.sae.latents, config.steps)
-    steps_fn = make_steps(sae, tx, rate, config.sae.dead_after)
+    tx = optimiser(config.optim, sae.latents, config.steps, sae.config.decoder_norm)
+    rate = schedule(config.optim, sae.latents, config.steps)
+    steps_fn = make_steps(sae, tx, rate, sae.config.dead_after)
     mean = jnp.asarray(activations.mean)
 
     with Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:

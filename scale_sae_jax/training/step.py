@@ -18,7 +18,6 @@ from scale_sae_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
 FVU_DECAY = 0.98  # running mean over about 50 batches
-THRESHOLD_DECAY = 0.99
 
 
 def make_steps(
@@ -56,29 +55,28 @@ def make_step(
     def step(state: TrainState, x: Array, mean: Array) -> tuple[TrainState, Metrics]:
         dead = state.since_fired >= dead_after
         before = precision.widen(state.params)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.step), 3)
 
         def gradient(params, revive):
             def objective(params):
-                loss = sae.loss(params, x, revive)
+                loss = sae.loss(params, x, revive, keys[2])
                 return loss.total, loss
 
             return jax.value_and_grad(objective, has_aux=True)(params)
 
-        if sae.config.auxk:
+        if sae.revives:
             (total, loss), grads = jax.lax.cond(
                 dead.any(), lambda p: gradient(p, dead), lambda p: gradient(p, None), before
             )
         else:
             (total, loss), grads = gradient(before, None)
         updates, opt_state = tx.update(grads, precision.widen(state.opt_state), before)
-        params = optax.apply_updates(before, updates)
-        if "threshold" in params:
-            params = params | {"threshold": _follow(before["threshold"], loss.threshold)}
+        params = optax.apply_updates(before, updates) | loss.tracked
 
-        fired = jnp.zeros(sae.latents, bool).at[loss.codes.ids].max(loss.codes.values != 0)
         tokens = x.shape[0]
         limit = jnp.iinfo(jnp.int32).max - tokens
-        since_fired = jnp.where(fired, 0, jnp.minimum(state.since_fired, limit) + tokens)
+        silent = jnp.minimum(state.since_fired, limit) + tokens
+        since_fired = jnp.where(loss.firing > 0, 0, silent)
 
         fvu = loss.mse * tokens / jnp.square(x - mean).sum()
         grad_norm = optax.tree.norm(grads)
@@ -86,16 +84,14 @@ def make_step(
         metrics = {
             "loss": total,
             "mse": loss.mse,
-            "load_balance": loss.load_balance,
-            "auxk": loss.auxk,
+            **loss.terms,
             "fvu": fvu,
-            "l0": (loss.codes.values != 0).sum() / tokens,
+            "l0": loss.firing.sum() / tokens,
             "dead": dead.mean(),
             "load_cv": loss.expert_load.std() / loss.expert_load.mean(),
             "grad_norm": grad_norm,
             "lr": rate(state.step),
         }
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.step))
         new = TrainState(
             step=state.step + 1,
             params=precision.narrow(params, state.params, keys[0]),
@@ -107,9 +103,3 @@ def make_step(
         return new, metrics
 
     return step
-
-
-def _follow(old: Array, new: Array) -> Array:
-    """Running mean of the threshold, from its first value on, over batches with a survivor."""
-    mean = jnp.where(old == 0, new, THRESHOLD_DECAY * old + (1 - THRESHOLD_DECAY) * new)
-    return jnp.where(jnp.isfinite(new), mean, old)

@@ -1,0 +1,116 @@
+"""Run every cell of a grid: train, evaluate, and one row of results each.
+
+    python -m experiments.sweep --grid=configs/grids/architectures.py:seeds=3 --workdir=runs/arch
+
+Every cell is the folder of a run, DIR/CELL. Finished cells are skipped, a cell that fails is told
+and left (its traceback in DIR/CELL/error.txt), and the same command again goes on. To evaluate a
+finished cell anew, delete its cell.json. DIR/results.csv and .parquet hold a row for each finished
+cell of the grid, with the command that runs it alone.
+
+Exit status: 0 done or stopped, 1 if a cell failed, 2 for a user's mistake.
+"""
+
+import sys
+from pathlib import Path
+from textwrap import shorten
+from threading import Event
+from typing import Any
+
+from absl import flags
+
+from experiments import command_line
+from experiments.console import Bars
+from scale_sae_jax import sweep
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.training.interrupts import Interrupted, stop_requests
+
+FLAGS = flags.FLAGS
+
+
+def define(argv: list[str]) -> None:
+    del argv
+    flags.DEFINE_string("grid", None, "Grid file, with an argument after a colon.")
+    flags.DEFINE_string("workdir", None, "Folder of the cells and the results.")
+    flags.DEFINE_string("filter", "", "Run cells whose name contains this; a comma is an 'or'.")
+    flags.DEFINE_bool("dry_run", False, "List the cells and do nothing.")
+    flags.mark_flags_as_required(["grid", "workdir"])
+
+
+def run_cells(
+    chosen: list[sweep.Cell], grid: list[sweep.Cell], workdir: Path, stop: Event, command: list[str]
+) -> list[str]:
+    """Runs the chosen cells that are not finished; returns the names of those that failed.
+
+    Writes the results of the whole grid after each. Raises Interrupted when `stop` was set and
+    cells are left.
+    """
+    width = max(len(cell.name) for cell in chosen)
+    keys = [sweep.inputs_key(cell.config) for cell in chosen]
+    failed, shared = [], {}
+    sweep.write_results(grid, workdir, command)
+    for number, cell in enumerate(chosen, 1):
+        results = sweep.finished(cell, workdir)
+        if results is None:
+            if stop.is_set():
+                raise Interrupted(f"sweep stopped before cell {cell.name}")
+            bars = Bars(f"{number}/{len(chosen)} {cell.name}: ")
+            try:
+                results = sweep.run_cell(cell, workdir, stop, bars, shared)
+            except Interrupted as stopped:
+                raise Interrupted(f"{cell.name}: {stopped}") from None
+            except Exception as error:  # one cell's: the others may do better
+                failed.append(cell.name)
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                print(f"{cell.name:<{width}}  failed: {kind}{shorten(str(error), 400)}", flush=True)
+            finally:
+                bars.close()
+            sweep.write_results(grid, workdir, command)
+        if results is not None:
+            print(f"{cell.name:<{width}}  {summary(results)}", flush=True)
+        shared = {key: inputs for key, inputs in shared.items() if key in keys[number:]}
+    return failed
+
+
+def summary(results: dict[str, Any]) -> str:
+    """What a cell came to, in one line."""
+    parts = (
+        ("FVU {:.4f}", "fvu"),
+        ("delta CE {:.4f}", "delta_ce"),
+        ("L0 {:.1f}", "l0"),
+        ("dead {:.1%}", "dead"),
+        ("{:,.0f} tokens/s", "tokens_per_second"),
+        ("{:.0f} s", "train_seconds"),
+    )
+    known = ((form, results.get(key)) for form, key in parts)
+    return "  ".join(form.format(value) for form, value in known if value is not None)
+
+
+def main() -> None:
+    workdir = Path(FLAGS.workdir)
+    grid = [sweep.place(cell, workdir) for cell in sweep.read_grid(FLAGS.grid)]
+    chosen = sweep.select(grid, FLAGS.filter)
+    if FLAGS.dry_run:
+        for cell in chosen:
+            print(cell.name + ("  (finished)" if sweep.finished(cell, workdir) else ""))
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {workdir}: {error.strerror}; choose another --workdir"
+        ) from None
+    command = ["python", "-m", "experiments.sweep", f"--grid={FLAGS.grid}", f"--workdir={workdir}"]
+    try:
+        with stop_requests() as stop:
+            failed = run_cells(chosen, grid, workdir, stop, command)
+    except Interrupted as stopped:
+        print(f"{stopped}; the same command goes on from there ({workdir})")
+        return
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} cells finished: {workdir}/results.csv")
+    if failed:
+        print(f"error: failed: {', '.join(failed)} (see {workdir}/CELL/error.txt)", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    command_line.start(main, define)

@@ -1,0 +1,138 @@
+"""What all autoencoders with one dictionary share: x^ = b_dec + f(x) W_dec.
+
+An architecture is f and a loss. f sees z = (x - b_dec) / scale, whose coordinates have a mean
+square of 1, so that biases and thresholds are numbers near 1 at any layer of any model; its values
+times `scale` are the codes.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from scale_sae_jax.config import SAEConfig
+from scale_sae_jax.sae import centring, decoding, kernels, selection, start
+from scale_sae_jax.sae.codes import Codes, Routing
+from scale_sae_jax.sae.groups import group
+from scale_sae_jax.sae.losses import Loss, mean_square
+from scale_sae_jax.sae.products import rounded_dot
+
+
+class DictionarySAE(nn.Module):
+    """Parameters: w_enc, w_dec [L, D], b_enc [L], b_dec [D], and scale [], set once at the start.
+
+    An architecture adds `acts`, the latents of a token at inference, and `loss`.
+    """
+
+    config: SAEConfig
+    width: int
+
+    sparse_codes = False  # whether a token has k slots; else one for every latent
+    revives = False  # whether the loss asks for dead latents (AuxK)
+
+    def setup(self):
+        c, d = self.config, self.width
+        zeros = nn.initializers.zeros
+        self.w_enc = self.param(
+            "w_enc", lambda key: start.uniform_encoder(key, 1, d, c.latents)[0].T
+        )
+        self.w_dec = self.param(
+            "w_dec", lambda _: start.normalise(jnp.copy(self.w_enc), c.decoder_norm)
+        )
+        self.b_enc = (
+            self.param("b_enc", zeros, (c.latents,)) if c.encoder_bias else jnp.zeros(c.latents)
+        )
+        self.b_dec = self.param("b_dec", zeros, (d,))
+        self.scale = self.param("scale", nn.initializers.ones, ())
+
+    def start(self, x: Float[Array, "T D"]) -> dict[str, Array]:
+        """Starting values that depend on the first batch."""
+        centre = start.geometric_median(x)
+        return {"b_dec": centre, "scale": jnp.sqrt(mean_square(x - centre) / self.width)}
+
+    def start_level(self, x: Float[Array, "T D"], begun: dict[str, Array]) -> Float[Array, " L"]:
+        """What each latent's product W_enc z exceeds in its share k / L of the first batch."""
+        z = (x - begun["b_dec"]) / begun["scale"]
+        return jnp.quantile(z @ self.w_enc.T, 1 - self.config.k / self.config.latents, axis=0)
+
+    @property
+    def unit(self) -> Float[Array, ""]:
+        """`scale`, which no gradient changes."""
+        return jax.lax.stop_gradient(self.scale)
+
+    def centred(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        return (x - jax.lax.stop_gradient(self.b_dec)) / self.unit
+
+    def shift(self) -> Float[Array, " L"]:
+        """0, with the gradient of b_dec in the encoder's products; see `centring`."""
+        return -(self.w_enc @ centring.offset(self.b_dec)) / self.unit
+
+    def products(self, x: Float[Array, "T D"]) -> Float[Array, "T L"]:
+        """(x - b_dec) W_enc / scale."""
+        return rounded_dot(self.centred(x), self.w_enc, self.config.dtype) + self.shift()
+
+    def acts(self, x: Float[Array, "T D"]) -> Float[Array, "T L"]:
+        raise NotImplementedError
+
+    def loss(self, x: Float[Array, "T D"], dead: Bool[Array, " L"] | None) -> Loss:
+        raise NotImplementedError
+
+    def encode(self, x: Float[Array, "T D"]) -> Codes:
+        return self.dense_codes(self.acts(x))
+
+    def dense_codes(self, acts: Float[Array, "T L"]) -> Codes:
+        return Codes(acts * self.unit, jnp.broadcast_to(jnp.arange(acts.shape[1]), acts.shape))
+
+    def decode(self, codes: Codes) -> Float[Array, "T D"]:
+        c = self.config
+        kernel = kernels.choose(c.kernel)
+        return decoding.decode(codes, self.w_dec, kernel, c.dtype) + self.b_dec
+
+    def residual(self, x: Float[Array, "T D"], acts: Float[Array, "T L"]) -> Float[Array, "T D"]:
+        """x - x^ of dense latents."""
+        decoded = rounded_dot(acts * self.unit, self.w_dec.T, self.config.dtype)
+        return x - self.b_dec - decoded
+
+    def decoder(self) -> Float[Array, "L D"]:
+        return self.w_dec
+
+    def route(self, x: Float[Array, "T D"]) -> Routing:
+        """The one expert that every token uses."""
+        one = jnp.ones((x.shape[0], 1))
+        return Routing(logits=0 * one, probs=one, experts=jnp.zeros(one.shape, jnp.int32))
+
+    def squared_error(
+        self, target: Float[Array, "T D"], codes: Codes
+    ) -> tuple[Float[Array, ""], Float[Array, "T D"]]:
+        """mean_t |target - decoded|^2 of sparse codes, and target - decoded, a constant."""
+        c, experts = self.config, self.route(target).experts
+        kernel = kernels.one_expert(c.kernel)
+        w_dec = self.w_dec[None]
+        return decoding.squared_error(
+            target, codes, experts, w_dec, group(experts, 1), kernel, c.dtype
+        )
+
+    def auxk(
+        self,
+        acts: Float[Array, "T L"],
+        acts_at: Callable[[Int[Array, "T K"]], Float[Array, "T K"]],
+        dead: Bool[Array, " L"] | None,
+        residual: Float[Array, "T D"],
+    ) -> Float[Array, ""]:
+        """Error of the residual rebuilt by the largest dead latents (arXiv 2406.04093, A.2).
+
+        `acts_at` gives the latents with some ids, with their gradient.
+        """
+        c = self.config
+        if dead is None or not c.auxk:
+            return jnp.zeros(())
+        slots = min(c.auxk_latents or self.width // 2, c.latents)
+        candidates = jnp.where(dead, jax.lax.stop_gradient(acts), 0)
+        ids = selection.top_k(candidates, slots)[1]
+        values = jnp.where(dead[ids], acts_at(ids), 0) * self.unit
+        error, _ = self.squared_error(residual, Codes(values, ids))
+        return jnp.where(dead.any(), error, 0)
+
+

@@ -1,0 +1,41 @@
+"""Counting which latents fire, and steering a penalty until the asked for number does."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from scale_sae_jax.sae.codes import Codes
+
+
+def count_slots(codes: Codes, latents: int) -> Int[Array, " L"]:
+    """Tokens that each latent fires for, of sparse codes."""
+    return jnp.zeros(latents, jnp.int32).at[codes.ids].add(codes.values != 0)
+
+
+def count_dense(acts: Float[Array, "T L"]) -> Int[Array, " L"]:
+    """Tokens that each latent fires for, of dense latents."""
+    return (acts != 0).sum(0, dtype=jnp.int32)
+
+
+def one_expert() -> Float[Array, " N"]:
+    """Expert load of an architecture without experts."""
+    return jnp.ones(1)
+
+
+def steer(
+    penalty: Float[Array, ""], l0: Float[Array, ""], target: int, rate: float
+) -> Float[Array, ""]:
+    """The penalty for the next batch: larger while more than `target` latents a token fire.
+
+    It moves by at most a factor exp(rate) a batch. Rate 0 keeps it as it is.
+    """
+    off = jnp.log(jnp.maximum(l0, 1e-3) / target)
+    return penalty * jnp.exp(rate * jnp.clip(off, -1, 1))
+
+
+def pressure(l0: Float[Array, ""], target: int) -> Float[Array, ""]:
+    """What the penalty is multiplied by in this batch, a constant in [1/4, 4].
+
+    `steer` alone would overshoot: latents answer to a penalty only after many batches.
+    """
+    return jax.lax.stop_gradient(jnp.clip(l0 / target, 0.25, 4.0))

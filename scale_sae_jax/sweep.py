@@ -1,0 +1,251 @@
+"""Grids of runs as plain data: their cells, one folder a cell, and one row of results a cell.
+
+    DIR/CELL/ (the folder of a run)  DIR/activations-HASH/  DIR/results.csv  DIR/results.parquet
+
+A grid is a Python file with `get_grid(arg)`, which returns a list of `cell(...)`. Cells that read
+the same activations share one store, and inside a process one model and one held-out reading.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shlex
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from ml_collections import ConfigDict
+
+from scale_sae_jax import workdir as folders
+from scale_sae_jax.config import Config, from_config_dict
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.run import (
+    Console,
+    Heldout,
+    Sources,
+    check_sources,
+    open_sources,
+    read_heldout,
+    resolved,
+    run,
+)
+from scale_sae_jax.training.interrupts import Interrupted
+
+# The results that a table shows unless told otherwise; an axis must not hide one of them.
+MAIN_RESULTS = (
+    "l0", "fvu", "delta_ce", "dead", "redundancy_0.7", "redundancy_0.7_intra",
+    "redundancy_0.7_inter", "redundancy_0.7_null", "flops_per_token", "active_width",
+    "total_width", "tokens_per_second", "mcc", "uniqueness", "f1",
+)
+Axes = dict[str, str | int | float | bool]
+Shared = dict[str, tuple[Sources, Heldout]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of a grid: where it lies on the grid's axes, and its settings."""
+
+    axes: Axes
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Its folder: words as they are, numbers with their axis, 'topk-active-seed=0'."""
+        words = (v if isinstance(v, str) else f"{name}={v}" for name, v in self.axes.items())
+        return re.sub(r"[^A-Za-z0-9.=+-]+", "_", "-".join(words)).lstrip(".-") or "cell"
+
+
+def axis(name: str, values: Iterable[str | int | float | bool]) -> list[Axes]:
+    """One axis as a list of points; `+` joins lists end to end."""
+    return [{name: value} for value in values]
+
+
+def product(*factors: list[Axes]) -> list[Axes]:
+    """Every mixture of a point of each list; the last one varies fastest."""
+    return [
+        {name: value for point in points for name, value in point.items()}
+        for points in itertools.product(*factors)
+    ]
+
+
+def cell(axes: Axes, settings: ConfigDict, overrides: Mapping[str, Any] | None = None) -> Cell:
+    """A cell from what a config file's `get_config` returns.
+
+    Args:
+      overrides: settings by dotted names, {'steps': 500, 'eval.tokens': 4096}.
+
+    Raises UserError for settings that do not fit together, as `from_config_dict`.
+    """
+    settings.update_from_flattened_dict(overrides or {})
+    return Cell(axes, from_config_dict(settings))
+
+
+def read_grid(name: str) -> list[Cell]:
+    """The cells of 'FILE.py[:ARG]', in their order.
+
+    Raises UserError: no such file, the file fails, or cells that it cannot tell apart.
+    """
+    path, _, arg = name.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--grid={name}: there is no such file; name one of configs/grids/*.py")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--grid={name}: {path} is not a .py file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        cells = list(module.get_grid(arg))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a grid file of the user's may raise
+        raise UserError(f"{type(error).__name__} in --grid={name}: {error}") from error
+    if not cells or not all(isinstance(c, Cell) for c in cells):
+        raise UserError(f"--grid={name}: get_grid must return a list of scale_sae_jax.sweep.cell")
+    seen = set()
+    for here in cells:
+        if here.name in seen:
+            raise UserError(f"--grid={name}: two cells are called {here.name}; name what differs")
+        seen.add(here.name)
+        for taken in here.axes.keys() & {*MAIN_RESULTS, "folder", "command"}:
+            raise UserError(f"--grid={name}: axis '{taken}' is the name of a result: rename it")
+    return cells
+
+
+def select(cells: list[Cell], text: str) -> list[Cell]:
+    """The cells whose name is, or else contains, one of the comma-separated parts of `text`.
+
+    A part that is a cell's whole name keeps that cell alone. Raises UserError if none is left.
+    """
+    names = {here.name for here in cells}
+
+    def fits(name: str) -> bool:
+        parts = filter(None, text.split(","))
+        return any(part == name if part in names else part in name for part in parts)
+
+    kept = [here for here in cells if not text or fits(here.name)]
+    if not kept:
+        raise UserError(f"--filter={text}: no such cell among {len(cells)}; see them by --dry_run")
+    return kept
+
+
+def place(here: Cell, workdir: Path) -> Cell:
+    """The cell with the store of its activations in `workdir`, by a hash of all that it holds."""
+    if here.config.activations.path or not here.config.lm.path:
+        return here
+    path = Path(os.path.abspath(workdir / f"activations-{_digest(_source_settings(here.config))}"))
+    if path.is_relative_to(Path.cwd()):  # a checkout may be moved with its runs
+        path = path.relative_to(Path.cwd())
+    activations = dataclasses.replace(here.config.activations, path=str(path))
+    return Cell(here.axes, dataclasses.replace(here.config, activations=activations))
+
+
+def inputs_key(config: Config) -> str:
+    """Equal for cells that share sources and held-out batches."""
+    return _digest({**_source_settings(config), "eval.tokens": config.eval.tokens})
+
+
+def _source_settings(config: Config) -> dict[str, Any]:
+    """Every section that tells where activations come from."""
+    sections = dataclasses.asdict(resolved(config))
+    left_out = ("sae", "optim", "eval")
+    return {k: v for k, v in sections.items() if isinstance(v, dict) and k not in left_out}
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def finished(here: Cell, workdir: Path) -> dict[str, Any] | None:
+    """The results of a cell that was run with these very settings; None if it is to be run.
+
+    They are read from cell.json, which is written last: eval.json may since hold an evaluation on
+    another text, or be older than the settings.
+    """
+    try:
+        record = folders.read_json(workdir / here.name / "cell.json", "a finished cell")
+    except UserError:
+        return None
+    return record["results"] if record.get("config") == dataclasses.asdict(here.config) else None
+
+
+def run_cell(
+    here: Cell, workdir: Path, stop: Event, console: Console, shared: Shared
+) -> dict[str, Any]:
+    """Runs a cell to its end, or on to it, and returns its results.
+
+    Args:
+      shared: sources and held-out batches by `inputs_key`; this cell's are added if not there.
+
+    Raises Interrupted when `stop` was set. What else goes wrong is raised as it is, after its
+    traceback was written to error.txt in the folder of the cell.
+    """
+    config, folder, key = here.config, workdir / here.name, inputs_key(here.config)
+    try:
+        if key not in shared:
+            check_sources(config)
+            sources = open_sources(config, folder, stop, console)
+            shared[key] = sources, read_heldout(config, config.text, sources, console)
+        results = run(config, folder, stop, console, *shared[key])
+    except Interrupted:
+        raise
+    except Exception:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(traceback.format_exc())
+        raise
+    record = {"config": dataclasses.asdict(config), "results": results}
+    folders.write_json(folder / "cell.json", record)
+    (folder / "error.txt").unlink(missing_ok=True)
+    return results
+
+
+def write_results(cells: list[Cell], workdir: Path, command: list[str]) -> None:
+    """Writes results.csv and .parquet, each whole: a row for each finished cell of `cells`.
+
+    Columns: axes; scalar results; the two bounds of an interval as _lo and _hi; the cell's folder
+    in `workdir`; and `command` with the flag that runs this cell alone.
+    """
+    rows = []
+    for here in cells:
+        results = finished(here, workdir)
+        if results is not None:
+            alone = shlex.join([*command, f"--filter={here.name}"])
+            where = {"folder": here.name, "command": alone}
+            rows.append({**here.axes, **_scalars(results, here.axes), **where})
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+    _replace(workdir / "results.csv", lambda path: pyarrow.csv.write_csv(table, path))
+    _replace(workdir / "results.parquet", lambda path: pyarrow.parquet.write_table(table, path))
+
+
+def _scalars(results: dict[str, Any], axes: Axes) -> dict[str, Any]:
+    flat = {}
+    for name, value in results.items():
+        if name.endswith("_ci95"):
+            flat[f"{name}_lo"], flat[f"{name}_hi"] = value or (None, None)
+        elif not isinstance(value, list | dict) and name not in axes:
+            flat[name] = value
+    return flat
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """An array of one type: text if the types do not mix."""
+    kinds = {type(value) for value in values if value is not None}
+    if len(kinds) > 1 and kinds != {int, float}:
+        values = [None if value is None else str(value) for value in values]
+    return pa.array(values)
+
+
+def _replace(path: Path, write: Callable[[str], object]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(str(partial))
+    os.replace(partial, path)

@@ -1,0 +1,361 @@
+"""Grids of runs: their cells, what they share, kills and failures, the results and the table."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from threading import Event
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from scipy import stats
+from test_commands import FORKING, ROOT, begin, data, environment, wait_for_step  # noqa: F401
+
+import scale_sae_jax
+from experiments import sweep as command
+from experiments import table
+from scale_sae_jax import sweep
+from scale_sae_jax.activations.array import ActivationArray
+from scale_sae_jax.config import Config, to_config_dict
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.run import Heldout, Sources, open_sources, read_heldout
+from scale_sae_jax.sweep import axis, cell, product
+from scale_sae_jax.training.interrupts import Interrupted
+
+TIMES = {"train_seconds", "tokens_per_second", "command"}
+COMMAND = ["python", "-m", "experiments.sweep"]
+GRID = """
+from configs import array
+from scale_sae_jax.sweep import axis, cell, product
+
+def get_grid(arg=""):
+    cells = []
+    for axes in product(axis("array", ("absent", "acts")), axis("seed", [3])):
+        settings = array.get_config(
+            f"path=FOLDER/{axes['array']}.npy,l0=4,experts=4,latents=64,preset=plain,seed=3"
+        )
+        small = {"steps": int(arg), "batch_size": 64, "log_every": 10, "sae.auxk": False}
+        small |= {"checkpoint_every": 50, "eval.bootstrap": 10}
+        cells.append(cell(axes, settings, small))
+    return cells
+"""
+
+
+def settings(path="acts.npy", **changes):
+    config = dataclasses.replace(Config(), **changes)
+    activations = dataclasses.replace(config.activations, path=str(path))
+    return to_config_dict(dataclasses.replace(config, activations=activations))
+
+
+def cells_of(*factors, **changes):
+    return [cell(axes, settings(**changes)) for axes in product(*factors)]
+
+
+def refusal(action):
+    with pytest.raises(UserError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Grids
+
+
+def test_a_product_varies_the_last_list_fastest_and_lists_add_up():
+    points = product(axis("a", "xy"), axis("b", range(2)) + [{"b": 5, "c": True}])
+    assert points == [
+        {"a": a, **rest} for a in "xy" for rest in ({"b": 0}, {"b": 1}, {"b": 5, "c": True})
+    ]
+    assert product() == [{}] and product(axis("a", "xy"), []) == []
+
+
+def test_a_cell_keeps_its_axes_and_takes_overrides():
+    axes = {"preset": "top/k", "seed": 3, "lr": 0.1}
+    made = cell(axes, settings(), {"steps": 7, "eval.tokens": 9, "optim.lr": 1})
+    assert made.axes == axes and made.name == "top_k-seed=3-lr=0.1"
+    assert (made.config.steps, made.config.eval.tokens, made.config.optim.lr) == (7, 9, 1.0)
+    for wrong, part in (({"eval.token": 9}, "eval.token is unknown"), ({"steps": 0}, "steps")):
+        assert f"config.{part}" in refusal(lambda wrong=wrong: cell(axes, settings(), wrong))
+
+
+def test_a_filter_is_any_of_several_parts_and_a_whole_name_is_that_cell_alone():
+    cells = cells_of(axis("preset", ("topk", "batchtopk", "switch")), axis("seed", (1, 10)))
+
+    def kept(text):
+        return [here.name for here in sweep.select(cells, text)]
+
+    assert len(kept("")) == 6 and len(kept("topk")) == 4 and len(kept("batch,switch")) == 4
+    assert kept("seed=1") == [here.name for here in cells]
+    assert kept("topk-seed=1") == ["topk-seed=1"]
+    assert "no such cell" in refusal(lambda: kept("gated"))
+
+
+def test_cells_share_what_decides_their_activations(tmp_path):
+    text = {"lm": dataclasses.replace(Config().lm, path="lm")}
+    text["text"] = dataclasses.replace(Config().text, path="docs.jsonl")
+    here = cell({}, settings("", **text))
+    one, seed, width, layer, tokens = (
+        sweep.place(cell({}, settings("", **text), change), tmp_path).config
+        for change in ({}, {"seed": 1}, {"sae.k": 3}, {"lm.layer": 1}, {"eval.tokens": 9})
+    )
+    path = one.activations.path
+    assert path.startswith(f"{tmp_path}/activations-") and layer.activations.path != path
+    assert seed.activations.path == width.activations.path == tokens.activations.path == path
+    assert sweep.inputs_key(one) == sweep.inputs_key(seed) == sweep.inputs_key(width)
+    assert len({sweep.inputs_key(config) for config in (one, layer, tokens)}) == 3
+    inside = sweep.place(here, ROOT / "runs" / "x").config.activations.path
+    assert inside.startswith("runs/x/activations-")
+    own = cell({}, settings())
+    assert sweep.place(own, tmp_path) == own
+
+
+# Running, with the run itself left out
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Replaces opening, reading and running; returns the calls. A seed of 13 fails."""
+    calls, zeros = [], np.zeros((2, 3), np.float32)
+    part = ActivationArray(zeros, zeros[0], 1.0, "")
+
+    def run(config, folder, stop, console, sources, heldout):
+        assert sources.train.identity == config.activations.path and heldout == Heldout([], 0, 0)
+        calls.append(folder.name)
+        folder.mkdir(exist_ok=True)
+        if config.seed == 13:
+            raise ValueError("bad\nluck")
+        if stop.is_set():
+            raise Interrupted("stopped")
+        return {"fvu": config.seed / 10, "fvu_ci95": [0.0, 1.0], "load": [1, 2], "kl": None}
+
+    def open_sources(config, *_):
+        calls.append(f"sources {config.activations.path}")
+        return Sources(dataclasses.replace(part, identity=config.activations.path), part, None)
+
+    monkeypatch.setattr(sweep, "check_sources", lambda config: None)
+    monkeypatch.setattr(sweep, "open_sources", open_sources)
+    monkeypatch.setattr(sweep, "read_heldout", lambda *_: Heldout([], 0, 0))
+    monkeypatch.setattr(sweep, "run", run)
+    return calls
+
+
+def fake_cells(seeds, arrays=("a", "b")):
+    points = product(axis("array", arrays), axis("seed", seeds))
+    return [cell(p, settings(f"{p['array']}.npy"), {"seed": p["seed"]}) for p in points]
+
+
+def test_cells_run_in_order_and_share_and_finished_ones_are_skipped(tmp_path, fake, capsys):
+    grid = fake_cells((0, 1))
+    assert command.run_cells(grid[:3], grid, tmp_path, Event(), COMMAND) == []
+    expected = ["sources a.npy", "a-seed=0", "a-seed=1", "sources b.npy", "b-seed=0"]
+    assert fake == expected
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == [name for name in expected if "seed" in name]
+    assert "FVU 0.1000" in out[1]
+    fake.clear()
+    assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
+    assert fake == ["sources b.npy", "b-seed=1"]
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+    fake.clear()  # other settings are another cell; a damaged record is no record
+    changed = [cell(grid[0].axes, settings("a.npy"), {"steps": 5}), *grid[1:]]
+    (tmp_path / "b-seed=1" / "cell.json").write_text("{")
+    command.run_cells(changed, changed, tmp_path, Event(), COMMAND)
+    assert fake == ["sources a.npy", "a-seed=0", "sources b.npy", "b-seed=1"]
+
+
+def test_a_cell_that_fails_is_told_and_the_rest_go_on(tmp_path, fake, capsys, monkeypatch):
+    grid = fake_cells((0, 13, 1), "a")
+    assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == ["a-seed=13"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1] == "a-seed=13  failed: ValueError: bad luck"
+    trace = (tmp_path / "a-seed=13" / "error.txt").read_text()
+    assert "Traceback" in trace and "ValueError: bad" in trace
+    assert pyarrow.parquet.read_table(tmp_path / "results.parquet")["seed"].to_pylist() == [0, 1]
+    monkeypatch.setattr(sweep, "run", lambda *_: {"fvu": 0.0})
+    assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
+    assert not (tmp_path / "a-seed=13" / "error.txt").exists()
+
+
+def test_a_stop_ends_the_sweep_and_is_no_failure(tmp_path, fake):
+    grid, stop = fake_cells((0, 1), "a"), Event()
+    command.run_cells(grid[:1], grid, tmp_path, stop, COMMAND)
+    stop.set()
+    with pytest.raises(Interrupted, match="a-seed=1"):
+        command.run_cells(grid, grid, tmp_path, stop, COMMAND)
+    assert not (tmp_path / "a-seed=1").exists()
+
+
+def test_columns_of_the_results(tmp_path, fake):
+    grid = fake_cells((0, 1), "a")
+    sweep.write_results(grid, tmp_path, COMMAND)
+    assert "no finished cell" in refusal(lambda: table.read_rows(tmp_path))
+    command.run_cells(grid[1:], grid, tmp_path, Event(), [*COMMAND, "--grid=a b.py"])
+    alone = "python -m experiments.sweep '--grid=a b.py' --filter=a-seed=1"
+    row = {"array": "a", "seed": 1, "fvu": 0.1, "fvu_ci95_lo": 0.0, "fvu_ci95_hi": 1.0, "kl": None}
+    row |= {"folder": "a-seed=1", "command": alone}
+    assert table.read_rows(tmp_path) == [row]
+    text = pyarrow.csv.read_csv(tmp_path / "results.csv")
+    assert text.column_names == list(row) and text.to_pylist() == [row]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a-seed=1", "results.csv", "results.parquet"
+    }
+
+
+def test_an_axis_may_mix_words_and_numbers(tmp_path, fake):
+    grid = [cell({"l": value}, settings()) for value in (1, "all", 2.5)]
+    command.run_cells(grid, grid, tmp_path, Event(), COMMAND)
+    assert [row["l"] for row in table.read_rows(tmp_path)] == ["1", "all", "2.5"]
+
+
+# Whole runs
+
+
+def test_cells_on_text_share_one_harvest_and_one_reading(data, tmp_path, monkeypatch):  # noqa: F811
+    calls = []
+    for original in (open_sources, read_heldout):
+        def counted(*args, original=original):
+            calls.append(original.__name__)
+            return original(*args)
+
+        monkeypatch.setattr(sweep, original.__name__, counted)
+    small = {
+        "lm.path": f"{data}/gpt2", "lm.rows_per_batch": 4, "text.path": f"{data}/docs.jsonl",
+        "text.heldout_fraction": 0.2, "text.context": 32, "activations.tokens": 0,
+        "sae.latents": 64, "sae.experts": 4, "sae.k": 4, "sae.auxk": False,
+        "batch_size": 64, "steps": 10, "eval.tokens": 512, "eval.bootstrap": 10,
+    }
+    grid = [
+        cell({"seed": seed}, to_config_dict(Config()), {**small, "seed": seed}) for seed in (0, 1)
+    ]
+    grid = [sweep.place(here, tmp_path) for here in grid]
+    assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
+    assert calls == ["open_sources", "read_heldout"]
+    assert len(list(tmp_path.glob("activations-*"))) == 1
+    rows = table.read_rows(tmp_path)
+    assert all(row["delta_ce"] is not None and row["ce_clean"] for row in rows)
+    assert rows[0]["ce_clean"] == rows[1]["ce_clean"] and rows[0]["fvu"] != rows[1]["fvu"]
+    for row in rows:
+        found = json.loads((tmp_path / row["folder"] / "eval.json").read_text())
+        assert [row["fvu_ci95_lo"], row["fvu_ci95_hi"]] == found.pop("fvu_ci95")
+        kept = {key: value for key, value in found.items() if not isinstance(value, list)}
+        assert kept.items() <= row.items() and kept["eval_documents"] > 1
+    sae, _ = scale_sae_jax.load(tmp_path / rows[0]["folder"])
+    assert sae.latents == 64
+
+
+def sweep_flags(folder, steps, workdir):
+    (folder / "grid.py").write_text(GRID.replace("FOLDER", str(folder)))
+    return [f"--grid={folder}/grid.py:{steps}", f"--workdir={workdir}"]
+
+
+def test_a_killed_sweep_ends_with_the_same_results(data, tmp_path):  # noqa: F811
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    reference = begin("sweep", *sweep_flags(data, 600, whole))
+    with begin("sweep", *sweep_flags(data, 600, broken)) as first:
+        wait_for_step(first, broken / "acts-seed=3", 100)
+        first.send_signal(signal.SIGKILL)
+        first.communicate(timeout=60)
+    with begin("sweep", *sweep_flags(data, 600, broken)) as second:
+        out, err = second.communicate(timeout=120)
+    expected, _ = reference.communicate(timeout=120)
+    assert second.returncode == reference.returncode == 1
+    assert "Traceback" not in err and "error: failed: absent-seed=3 (" in err
+    starts = [[line.split()[0] for line in text.splitlines()] for text in (out, expected)]
+    assert starts[0] == starts[1] == ["absent-seed=3", "acts-seed=3", "1"]
+    assert "absent.npy" in (broken / "absent-seed=3" / "error.txt").read_text()
+    (ours,), (theirs,) = (table.read_rows(folder) for folder in (broken, whole))
+    assert list(ours) == list(theirs)
+    assert all(ours[key] == theirs[key] for key in ours.keys() - TIMES)
+
+
+# The table
+
+
+def test_the_table_holds_means_and_students_intervals():
+    rows = [
+        {"preset": preset, "match": "width", "seed": seed, "fvu": fvu, "l0": 32.0, "params": 1000,
+         "kl": None, "tokens_per_second": 12000.0 * fvu, "delta_ce": fvu if fvu < 0.4 else None}
+        for preset, seed, fvu in (("b", 0, 0.1), ("a", 0, 0.25), ("b", 1, 0.2), ("b", 2, 0.5))
+    ]
+    columns = ["params", "l0", "fvu", "kl", "absent", "tokens_per_second", "delta_ce"]
+    lines = table.markdown(rows, ["preset", "match"], columns).splitlines()
+    parts = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
+    shown = ["params", "l0", "fvu", "tokens_per_second", "delta_ce"]
+    assert parts[0] == ["preset", "match", "seeds", *shown]
+    assert parts[1] == ["---", "---", *6 * ["---:"]]
+
+    low, high = stats.t.interval(
+        0.95, 2, loc=np.mean([0.1, 0.2, 0.5]), scale=stats.sem([0.1, 0.2, 0.5])
+    )
+    pair = 12.706204736 * 0.05  # t(0.975, 1) by hand
+    assert parts[2] == [
+        "b", "width", "3", "1,000", "32.0 ± 0.0", f"0.2667 ± {(high - low) / 2:.4f}",
+        f"3,200 ± {6000 * (high - low):,.0f}", f"0.1500 ± {pair:.4f}",
+    ]
+    assert parts[3] == ["a", "width", "1", "1,000 (1 seed)", "32.0 (1 seed)", "0.2500 (1 seed)",
+                        "3,000 (1 seed)", "0.2500 (1 seed)"]
+    assert "several cells of one seed" in refusal(lambda: table.markdown(rows, ["match"], ["fvu"]))
+    assert "not a column of numbers" in refusal(
+        lambda: table.markdown(rows, ["preset"], ["match"])
+    )
+
+
+def test_mistakes_are_told_in_one_line(data, tmp_path):  # noqa: F811
+    _, work = sweep_flags(data, 10, tmp_path / "new")
+    made = "[cell({}, to_config_dict(Config(activations=ActivationsConfig(path='a.npy'))))]"
+    grids = {
+        "broken": "1 / 0",
+        "empty": "[]",
+        "twins": made.format({}) + " * 2",
+        "taken": made.format({"l0": 1}),
+    }
+    imports = "from scale_sae_jax.config import *\nfrom scale_sae_jax.sweep import cell\n"
+    for name, text in grids.items():
+        lines = f"{imports}def get_grid(arg):\n    return {text}\n"
+        (tmp_path / f"{name}.py").write_text(lines)
+    (tmp_path / "results.parquet").write_text("no parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1], "fvu": [0.1]}), tmp_path / "good.parquet")
+    good, architectures = tmp_path / "good", "--grid=configs/grids/architectures.py"
+    good.mkdir()
+    (tmp_path / "good.parquet").rename(good / "results.parquet")
+    grid = f"--grid={data}/grid.py:10"
+    cases = [
+        (["sweep", "--grid=absent.py", work], "absent.py"),
+        (["sweep", grid], "--workdir"),
+        (["sweep", grid, work, "--filter=nothing"], "no such cell"),
+        (["sweep", grid, f"--workdir={data}/acts.npy/x"], "choose another --workdir"),
+        (["sweep", f"--grid={tmp_path}/broken.py", work], "ZeroDivisionError"),
+        (["sweep", f"--grid={tmp_path}/empty.py", work], "must return a list"),
+        (["sweep", f"--grid={tmp_path}/twins.py", work], "two cells are called cell"),
+        (["sweep", f"--grid={tmp_path}/taken.py", work], "axis 'l0'"),
+        (["sweep", f"{architectures}:only=nothing", work], "only=nothing"),
+        (["sweep", f"{architectures}:data=nothing", work], "data=nothing"),
+        (["table", work, "--by=a"], "results.parquet"),
+        (["table", f"--workdir={tmp_path}", "--by=a"], "damaged"),
+        (["table", f"--workdir={good}", "--by=b"], "--by=b"),
+        (["table", f"--workdir={good}"], "--by"),
+    ]
+    good_ones = [
+        ["sweep", grid, work, "--dry_run", "--filter=acts"],
+        ["table", f"--workdir={good}", "--by=a", f"--output={tmp_path}/table.md"],
+    ]
+    forking = FORKING.replace("(stopped.code)", "(stopped.code or 0)")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", forking, str(tmp_path)],
+        input=json.dumps([args for args, _ in cases] + good_ones),
+        text=True, timeout=120, cwd=ROOT, stdout=subprocess.PIPE,
+    )
+    assert done.returncode == 0
+    for number, (args, part) in enumerate(cases):
+        lines = (tmp_path / str(number)).read_text().splitlines()
+        assert len(lines) == 1, (args, lines)
+        assert lines[0].startswith("error: ") and part in lines[0], (args, lines)
+    printed = done.stdout.splitlines()
+    assert [line for line in printed if line != "2"] == [
+        "acts-seed=3", "0", *(tmp_path / "table.md").read_text().splitlines(), "0"
+    ]
+    assert printed.count("2") == len(cases) and not (tmp_path / "new").exists()
