@@ -29,6 +29,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "pyarrow>=20",
         "safetensors>=0.5",
+        "scipy>=1.13",
         "tensorboardX>=2.6",
         "tokenizers>=0.21",
         "tqdm>=4.66",

@@ -88,6 +88,43 @@ class ActivationsConfig:
 
 
 @dataclass(frozen=True)
+class SyntheticConfig:
+    """Synthetic activations; the defaults but `features` are those of SynthSAEBench-16k.
+
+    features: how many, 0 = no synthetic data; the benchmark has 16_384. d: width. seed: of the
+        features and of the samples.
+    samples: to train on, drawn when read and never stored. heldout: samples to evaluate on.
+    max_rate, min_rate, exponent: firing rates fall as rank^-exponent from the first feature's to
+        the last's, before the trees thin them.
+    roots, branching, depth: trees, children a parent, and levels below the roots.
+    factors, correlation: factors of the copula, and the standard deviation of a feature's weight
+        on each. Two normals then correlate by about correlation^2 * sqrt(factors).
+    first_mean, last_mean: mean magnitude, linear over the features. std_mean, std_spread: a
+        feature's standard deviation is |normal(std_mean, std_spread)|.
+    bias: norm of the bias vector.
+    """
+
+    features: int = 0
+    d: int = 768
+    seed: int = 0
+    samples: int = 200_000_000
+    heldout: int = 1_000_000
+    max_rate: float = 0.4
+    min_rate: float = 5e-4
+    exponent: float = 0.5
+    roots: int = 128
+    branching: int = 4
+    depth: int = 3
+    factors: int = 25
+    correlation: float = 0.1
+    first_mean: float = 5.0
+    last_mean: float = 4.0
+    std_mean: float = 0.5
+    std_spread: float = 0.5
+    bias: float = 1.0
+
+
+@dataclass(frozen=True)
 class SAEConfig:
     """A sparse autoencoder; the options where sources disagree keep the Scale SAE paper's value.
 
@@ -198,6 +235,7 @@ class Config:
     lm: LMConfig = field(default_factory=LMConfig)
     text: TextConfig = field(default_factory=TextConfig)
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -345,6 +383,11 @@ def _check_sae(sae: SAEConfig) -> None:
 
 def _check_sources(config: Config) -> None:
     lm, text, activations = config.lm, config.text, config.activations
+    if config.synthetic.features:
+        for name, path in (("lm", lm.path), ("text", text.path), ("activations", activations.path)):
+            _require(path == "", f"config.{name}.path = '{path}' and config.synthetic.features are "
+                     "two sources of activations: leave one out")
+        return
     if activations.is_array:
         _require(
             0 < text.heldout_fraction < 1,

@@ -14,10 +14,16 @@ from scale_sae_jax import workdir as folders
 from scale_sae_jax.activations.array import ActivationArray, open_array
 from scale_sae_jax.activations.harvest import harvest
 from scale_sae_jax.activations.store import ActivationStore, open_store
+from scale_sae_jax.activations.synthetic import (
+    SyntheticActivations,
+    check_synthetic,
+    open_synthetic,
+)
 from scale_sae_jax.config import Config, TextConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation import pca
-from scale_sae_jax.evaluation.evaluator import EvalBatch, evaluate
+from scale_sae_jax.evaluation.evaluator import EvalBatch, evaluate, json_value
+from scale_sae_jax.evaluation.ground_truth import measure_ground_truth
 from scale_sae_jax.evaluation.heldout import array_batches, text_batches
 from scale_sae_jax.lm import LanguageModel, inspect_language_model, load_language_model
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
@@ -28,6 +34,7 @@ from scale_sae_jax.training import metrics, state
 from scale_sae_jax.training.checkpoints import Checkpoints
 from scale_sae_jax.training.interrupts import Interrupted
 from scale_sae_jax.training.loop import train
+from scale_sae_jax.training.matching import equal_time_latents
 from scale_sae_jax.training.optim import optimiser
 
 PCA_ROWS = 65_536
@@ -35,10 +42,10 @@ PCA_ROWS = 65_536
 
 @dataclass(frozen=True)
 class Sources:
-    """Where activations come from: a store and its language model, or the two parts of an array."""
+    """Where activations come from: a store and its language model, or two parts of one source."""
 
-    train: ActivationStore | ActivationArray
-    heldout: ActivationArray | None
+    train: ActivationStore | ActivationArray | SyntheticActivations
+    heldout: ActivationArray | SyntheticActivations | None
     lm: LanguageModel | None
 
 
@@ -66,6 +73,9 @@ class Console:
 
 def check_sources(config: Config) -> None:
     """Refuses, before any work, what the model, text or array at hand does not allow."""
+    if config.synthetic.features:
+        check_synthetic(config.synthetic)
+        return
     if config.activations.is_array:
         return
     model = inspect_language_model(config.lm)
@@ -82,6 +92,8 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
 
     Raises Interrupted when `stop` is set during a harvest; complete shards are kept.
     """
+    if config.synthetic.features:
+        return Sources(*open_synthetic(config.synthetic), None)
     if config.activations.is_array:
         return Sources(*open_array(config.activations.path, config.text.heldout_fraction), None)
     lm = load_language_model(config.lm)
@@ -143,10 +155,12 @@ def run(
     it can be told by then, and Interrupted when `stop` was set; the same call then resumes.
     """
     check_sources(config)
-    build(config.sae, 1)  # an unknown architecture
+    if config.sae.match != "time":
+        build(config.sae, 1)  # an unknown architecture, or sizes that it cannot have
     for remark in folders.claim(config, workdir):
         console.note(remark)
     sources = sources or open_sources(config, workdir, stop, console)
+    config = sized(config, workdir, sources.train.d)
     show = lambda record: console.step(record, config.steps)  # noqa: E731
     summary = train(config, sources.train, workdir, stop, show)
     if not summary.finished:
@@ -196,10 +210,13 @@ def evaluate_run(
     max_norm = ratio * store.median_norm if ratio else np.inf
     directions = pca.components(sample, np.asarray(store.mean), min(config.sae.k, store.d))
     results["fvu_pca"] = pca.fvu(heldout.batches, np.asarray(store.mean), directions, max_norm)
-    results["eval_text"] = config.activations.path if sources.lm is None else text.path
+    results["eval_text"] = _name_of_data(config, text)
     results["eval_documents_skipped"] = heldout.skipped
     results["architecture"] = config.sae.architecture
     results["match"] = config.sae.match
+    if isinstance(sources.heldout, SyntheticActivations):
+        truth = measure_ground_truth(sae, params, sources.heldout, config.eval.tokens)
+        results |= {name: json_value(value) for name, value in truth.items()}
 
     words = f"{Path(str(results['eval_text'])).stem} {text.where.replace('!=', ' not ')}"
     name = re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-")
@@ -230,10 +247,32 @@ def load(path: str | Path, step: int | str = "latest") -> tuple[Autoencoder, Par
         if number not in checkpoints.steps:
             have = ", ".join(map(str, checkpoints.steps))
             raise UserError(f"{workdir} has no checkpoint {step}: there are {have}, latest, best")
-        sae = build(config.sae, checkpoints.width(number))
+        width = checkpoints.width(number)
+        sae = build(sized(config, workdir, width).sae, width)
         tx = optimiser(config.optim, sae.latents, config.steps, sae.config.decoder_norm)
         restored = checkpoints.restore(number, state.abstract(sae, tx, config.optim))
     return sae, restored.params
+
+
+def sized(config: Config, workdir: Path, width: int) -> Config:
+    """match='time' as the dictionary width that it comes to, measured once a run: matched.json."""
+    if config.sae.match != "time":
+        return config
+    path = workdir / "matched.json"
+    if not path.exists():
+        latents = equal_time_latents(config.sae, width, config.batch_size)
+        folders.write_json(path, {"latents": latents})
+    latents = folders.read_json(path, "a run matched by time").get("latents")
+    if not isinstance(latents, int) or latents < config.sae.k:
+        raise UserError(f"{path} does not hold a number of latents: start a new run")
+    sae = dataclasses.replace(config.sae, latents=latents, experts=1, active=1)
+    return dataclasses.replace(config, sae=sae)
+
+
+def _name_of_data(config: Config, text: TextConfig) -> str:
+    if config.synthetic.features:
+        return f"synthetic-{config.synthetic.features}"
+    return config.activations.path if config.activations.is_array else text.path
 
 
 def resolved(config: Config) -> Config:

@@ -8,6 +8,7 @@ import numpy as np
 
 from scale_sae_jax.activations.array import ActivationArray
 from scale_sae_jax.activations.masks import keep, token_flags
+from scale_sae_jax.activations.synthetic import SyntheticActivations
 from scale_sae_jax.config import ActivationsConfig, Config
 from scale_sae_jax.evaluation.evaluator import EvalBatch
 from scale_sae_jax.lm.load import LanguageModel
@@ -42,7 +43,7 @@ def text_batches(
         )
 
 
-def array_batches(array: ActivationArray, tokens: int) -> Iterator[EvalBatch]:
+def array_batches(array: ActivationArray | SyntheticActivations, tokens: int) -> Iterator[EvalBatch]:
     """The first `tokens` rows of a held-out array, each a row of one position."""
     for start in range(0, min(tokens, array.n), ARRAY_ROWS):
         ids = np.arange(start, start + ARRAY_ROWS)

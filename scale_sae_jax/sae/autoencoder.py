@@ -102,7 +102,7 @@ class Autoencoder:
           key: deals the chunks of the orthogonality penalty; needed where that is on.
         """
         c, x = self.config, self._rows(x)
-        loss = self._apply(params, "loss", x, dead)
+        loss = self._apply(params, "loss", x, None if dead is None else jnp.asarray(dead))
         if not c.orthogonality:
             return loss
         term = orthogonality(self.decoder(params), key, c.orthogonality_chunk)

@@ -44,7 +44,7 @@ def build(config: SAEConfig, width: int) -> Autoencoder:
 
 def _one_dictionary(config: SAEConfig) -> SAEConfig:
     """The config with the width that `match` asks for, and one expert."""
-    if config.match == "time":
+    if config.match == "time" and config.experts > 1:
         raise UserError(
             "config.sae.match = 'time' is measured by experiments.train; here give a width with "
             "match=width"

@@ -1,0 +1,50 @@
+"""Training on synthetic activations with known features, by default those of SynthSAEBench-16k.
+
+    python -m experiments.train --config=configs/synthetic.py:l0=32,experts=16,latents=4096
+
+Samples are drawn as they are read, none twice. The evaluation adds the metrics against the true
+features (scale_sae_jax/evaluation/ground_truth.py).
+"""
+
+from scale_sae_jax.config import (
+    Config,
+    EvalConfig,
+    OptimConfig,
+    SyntheticConfig,
+    parse_arg,
+    to_config_dict,
+)
+from scale_sae_jax.sae.presets import preset
+
+
+def get_config(arg=""):
+    arg = parse_arg(
+        arg,
+        features=16_384,
+        l0=32,
+        experts=16,
+        active=0,
+        latents=4096,
+        preset="paper",
+        match="",
+        seed=0,
+    )
+    sae = preset(
+        arg.preset,
+        latents=arg.latents,
+        experts=arg.experts,
+        active=arg.active,
+        k=arg.l0,
+        match=arg.match,
+    )
+    return to_config_dict(
+        Config(
+            seed=arg.seed,
+            steps=10_000,
+            batch_size=1024,
+            synthetic=SyntheticConfig(features=arg.features),
+            sae=sae,
+            optim=OptimConfig(lr=3e-4),
+            eval=EvalConfig(tokens=65_536),
+        )
+    )
