@@ -288,7 +288,8 @@ def activations():
 
 @pytest.mark.parametrize("name", NAMES + ("jumprelu-tanh", "ortho"))
 def test_training_lowers_fvu_and_ends_at_the_target_l0(name, activations):
-    changes = {"jumprelu-tanh": {"l0_loss": "tanh", "penalty": 0.05}, "ortho": {"orthogonality": 0.1}}
+    tanh, ortho = {"l0_loss": "tanh", "penalty": 0.05}, {"orthogonality": 0.1}
+    changes = {"jumprelu-tanh": tanh, "ortho": ortho}
     base = {"jumprelu-tanh": "jumprelu", "ortho": "topk"}.get(name, name)
     config = dataclasses.replace(
         preset(base, latents=48, experts=1, active=1, k=4), auxk_latents=8, **changes.get(name, {})
@@ -299,10 +300,9 @@ def test_training_lowers_fvu_and_ends_at_the_target_l0(name, activations):
     run = make_steps(sae, tx, schedule(optim, 48, steps), 50_000)
     now = state.create(sae, tx, optim, 0, jnp.asarray(activations[:batch]))
     mean, rng = jnp.asarray(activations.mean(0)), np.random.default_rng(1)
-    first = None
+    first = sae.loss(now.params, activations[:batch], None, jax.random.key(0))
     for _ in range(steps // calls):
         batches = jnp.asarray(activations[rng.integers(0, 4096, (calls, batch))])
-        first = sae.loss(now.params, batches[0], None, jax.random.key(0)) if first is None else first
         now, values = run(now, batches, calls, mean)
     x = activations[:2048]
     codes = sae.encode(now.params, x)

@@ -65,7 +65,7 @@ def assert_matches_reference(config, seed=0):
     ((loss, firing), grads), ((expected_loss, expected_firing), expected_grads) = both(params)
     assert_close(loss, expected_loss)
     np.testing.assert_array_equal(firing, expected_firing)
-    for name in set(grads) - {"threshold"}:
+    for name in set(grads) - {"threshold", "balance"}:
         assert_close(grads[name], expected_grads[name])
 
 
@@ -89,6 +89,7 @@ SWITCHES = [
         {"active": 5},
         {"experts": 1, "active": 1},
         {"k": 16},
+        {"balance_rate": 0.1},
     )
 ]
 
@@ -239,3 +240,23 @@ def test_any_shape_matches_reference(experts, size, tokens, data):
     assert_close(dense(ours, config.latents), codes, 1e-4)
     assert_close(out.total, loss, 1e-4)
     assert int((ours.values != 0).sum(-1).max()) <= k
+
+
+def test_balance_follows_the_load_and_evens_it_out():
+    """Without an auxiliary loss: a bias on the choice of experts, not on their weights."""
+    config = dataclasses.replace(SMALL, active=1, load_balance=0.0, balance_rate=0.05, auxk=False)
+    sae, params, x, _ = setting(config, tokens=400)
+    params["w_router"] = params["w_router"] * 0.3
+    params["c_router"] = jnp.asarray([2.0, 1.0, 0.0, 0.0, -1.0])
+    params["balance"] = jnp.zeros(5)
+    step = jax.jit(lambda p: sae.loss(p, x, None))
+    first = loss = step(params)
+    for _ in range(200):
+        expected = params["balance"] + 0.05 * jnp.sign(0.2 - loss.expert_load)
+        np.testing.assert_allclose(loss.tracked["balance"], expected, atol=1e-6)
+        params = params | loss.tracked
+        loss = step(params)
+    assert float(first.expert_load.max()) > 0.5
+    assert float(loss.expert_load.max()) < 0.3 and float(loss.expert_load.min()) > 0.1
+    without = params | {"balance": jnp.zeros(5)}
+    np.testing.assert_array_equal(*(sae.route(p, x).probs for p in (params, without)))

@@ -43,7 +43,9 @@ def text_batches(
         )
 
 
-def array_batches(array: ActivationArray | SyntheticActivations, tokens: int) -> Iterator[EvalBatch]:
+def array_batches(
+    array: ActivationArray | SyntheticActivations, tokens: int
+) -> Iterator[EvalBatch]:
     """The first `tokens` rows of a held-out array, each a row of one position."""
     for start in range(0, min(tokens, array.n), ARRAY_ROWS):
         ids = np.arange(start, start + ARRAY_ROWS)

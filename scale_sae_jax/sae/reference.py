@@ -33,7 +33,7 @@ def forward(config: SAEConfig, params: Params, x: Float[Array, "T D"]) -> Dense:
 
     logits = (x - params.get("b_router", params["b_dec"])) @ params["w_router"] + params["c_router"]
     probs = jax.nn.softmax(logits, -1)
-    selected = _largest(probs, config.active)
+    selected = _largest(logits + params.get("balance", 0), config.active)
     gates = _gates(config.gate, logits, probs, selected)
 
     encoder = _scaled_encoder(config, params)

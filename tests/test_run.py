@@ -1,0 +1,94 @@
+"""A run as a function: synthetic activations to a report with ground truth, and match by time."""
+
+import dataclasses
+import json
+from threading import Event
+
+import numpy as np
+import pytest
+
+import scale_sae_jax
+from scale_sae_jax import run as runs
+from scale_sae_jax.config import Config, EvalConfig, OptimConfig, SyntheticConfig, check
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.run import run
+from scale_sae_jax.sae.presets import preset
+
+SMALL = SyntheticConfig(
+    features=40, d=16, samples=4000, heldout=500, max_rate=0.2, min_rate=0.02, roots=2, depth=1,
+    factors=3,
+)
+CONFIG = Config(
+    steps=300,
+    batch_size=128,
+    log_every=100,
+    checkpoint_every=0,
+    synthetic=SMALL,
+    sae=dataclasses.replace(
+        preset("topk", latents=64, experts=4, active=2, k=4, match="width"), auxk_latents=8
+    ),
+    optim=OptimConfig(lr=3e-3),
+    eval=EvalConfig(tokens=400, bootstrap=20),
+)
+
+
+def test_synthetic_run_reports_ground_truth_and_the_bill(tmp_path):
+    results = run(CONFIG, tmp_path, Event())
+    assert results == json.loads((tmp_path / "eval.json").read_text())
+    assert results["fvu"] < 0.5 and results["l0"] == pytest.approx(4, abs=0.3)
+    assert 0.5 < results["mcc"] <= 1 and 0 < results["f1"] <= 1 and 0 < results["uniqueness"] <= 1
+    assert (results["architecture"], results["match"]) == ("topk", "width")
+    assert results["active_width"] == results["total_width"] == 64
+    assert results["flops_per_token"] == 2 * 16 * 64 + 2 * 16 * 4
+    assert results["eval_text"] == "synthetic-40" and results["delta_ce"] is None
+    sae, params = scale_sae_jax.load(tmp_path)
+    assert sae.latents == 64 and params["w_enc"].shape == (64, 16)
+
+
+def test_match_by_time_is_measured_once_and_kept(tmp_path, monkeypatch):
+    measured = []
+
+    def latents(config, width, batch_size):
+        measured.append((config.experts, width, batch_size))
+        return 48
+
+    monkeypatch.setattr(runs, "equal_time_latents", latents)
+    sae = dataclasses.replace(CONFIG.sae, match="time")
+    config = dataclasses.replace(CONFIG, sae=sae, steps=20)
+    results = run(config, tmp_path, Event())
+    assert results["match"] == "time" and results["total_width"] == 48
+    longer = run(dataclasses.replace(config, steps=40), tmp_path, Event())
+    assert measured == [(4, 16, 128)] and longer["tokens_seen"] == 40 * 128
+    assert scale_sae_jax.load(tmp_path)[0].latents == 48
+    (tmp_path / "matched.json").write_text('{"latents": "many"}')
+    with pytest.raises(UserError, match="does not hold a number of latents"):
+        scale_sae_jax.load(tmp_path)
+
+
+def test_equal_time_latents_meet_the_goal_on_a_made_up_machine(monkeypatch):
+    """A step of one dictionary takes 2e-6 L^0.8 s, the many-expert one 1e-3 s."""
+    from scale_sae_jax.training import matching
+
+    def seconds(config, width, batch_size):
+        return 1e-3 if config.architecture == "scale" else 2e-6 * config.latents**0.8
+
+    monkeypatch.setattr(matching, "step_seconds", seconds)
+    config = preset("relu", latents=4096, experts=16, active=2, k=32, match="time")
+    found = matching.equal_time_latents(config, 64, 128)
+    assert found % 64 == 0 and found == pytest.approx(500**1.25, abs=33)
+
+
+def test_a_step_is_timed():
+    from scale_sae_jax.training.matching import step_seconds
+
+    seconds = step_seconds(preset("topk", latents=64, experts=1, active=1, k=4), 16, 32, calls=1)
+    assert np.isfinite(seconds) and seconds > 0
+
+
+def test_two_sources_are_refused():
+    two = dataclasses.replace(CONFIG.activations, path="acts.npy")
+    with pytest.raises(UserError, match="two sources of activations"):
+        check(dataclasses.replace(CONFIG, activations=two))
+    with pytest.raises(UserError, match="synthetic.features = 5 must"):
+        few = dataclasses.replace(SMALL, features=5)
+        runs.check_sources(dataclasses.replace(CONFIG, synthetic=few))
