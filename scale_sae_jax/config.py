@@ -142,6 +142,8 @@ class SAEConfig:
         d x d map), 'gain' (none: the whole encoder is scaled), 'none' (no scaling).
     decoder_norm: 'latent' unit rows, 'coordinate' unit columns inside an expert, 'none'.
     load_balance: its weight (0 = off). load_balance_from: count 'argmax' or all 'selected' experts.
+    input_scale: divide activations by their root mean square coordinate (of the first batch), as
+        the architectures with one dictionary do; load_balance then weighs in that unit.
     balance_rate: step of a bias on the choice of experts that evens out their load (0 = off).
     auxk: reconstruct the residual with dead latents; auxk_weight its weight, auxk_latents how many
         (0 = d/2). dead_after: tokens without firing after which a latent counts as dead.
@@ -169,6 +171,7 @@ class SAEConfig:
     load_balance: float = 3.0
     load_balance_from: str = "argmax"
     balance_rate: float = 0.0
+    input_scale: bool = False
     encoder_bias: bool = True
     tie_biases: bool = False
     auxk: bool = True

@@ -90,6 +90,8 @@ SWITCHES = [
         {"experts": 1, "active": 1},
         {"k": 16},
         {"balance_rate": 0.1},
+        {"input_scale": True},
+        {"input_scale": True, "topk_scope": "batch", "feature_scaling": "mean_lp"},
     )
 ]
 

@@ -5,38 +5,38 @@
 
 Runs on block 10 of SmolLM2, so that the comparison on the quickstart's block 15 and on synthetic
 data is not one on which the options were chosen. Active and total width are the same in every cell.
-After the colon: seeds, steps.
+After the colon: seeds, steps, lr.
 """
 
 from configs import quickstart
 from scale_sae_jax.config import parse_arg
 from scale_sae_jax.sweep import axis, cell, product
 
+SCALED = {"sae.input_scale": True, "sae.load_balance": 0.03}
+BASE = SCALED | {"sae.gate_at": "code"}
 OPTIONS = {
     "paper": {},
     "gate=one": {"sae.gate": "one"},
-    "gate=renorm": {"sae.gate": "renorm"},
-    "gate=softmax_logits": {"sae.gate": "softmax_logits"},
-    "gate_at=code": {"sae.gate_at": "code"},
-    "feature_scaling=none": {"sae.feature_scaling": "none"},
-    "feature_scaling=gain": {"sae.feature_scaling": "gain"},
-    "load_balance=0": {"sae.load_balance": 0.0},
     "load_balance=0.1": {"sae.load_balance": 0.1},
-    "balance_rate=0.01": {"sae.load_balance": 0.0, "sae.balance_rate": 0.01},
-    "topk_scope=batch": {"sae.topk_scope": "batch"},
-    "orthogonality=0.1": {"sae.orthogonality": 0.1},
-    "experts=32,active=4": {"sae.experts": 32, "sae.active": 4},
-    "experts=64,active=8": {"sae.experts": 64, "sae.active": 8},
-    "auxk=off": {"sae.auxk": False},
-    "lr=3e-3": {"optim.lr": 3e-3},
-    "lr=5e-4": {"optim.lr": 5e-4},
+    "input_scale": SCALED,
+    "input_scale gate=renorm": SCALED | {"sae.gate": "renorm"},
+    "input_scale gate_at=code (ours)": BASE,
+    "ours gate=renorm": BASE | {"sae.gate": "renorm"},
+    "ours load_balance=0.003": BASE | {"sae.load_balance": 0.003},
+    "ours balance_rate=0.01": BASE | {"sae.load_balance": 0.0, "sae.balance_rate": 0.01},
+    "ours feature_scaling=none": BASE | {"sae.feature_scaling": "none"},
+    "ours topk_scope=batch": BASE | {"sae.topk_scope": "batch"},
+    "ours orthogonality=0.1": BASE | {"sae.orthogonality": 0.1},
+    "ours experts=32 active=4": BASE | {"sae.experts": 32, "sae.active": 4},
+    "ours auxk=off": BASE | {"sae.auxk": False},
 }
 
 
 def get_grid(arg=""):
-    arg = parse_arg(arg, seeds=1, steps=400)
+    arg = parse_arg(arg, seeds=1, steps=300, lr=4e-3)
     common = {
         "steps": arg.steps,
+        "optim.lr": arg.lr,
         "lm.layer": 10,
         "activations.tokens": 60_000,
         "eval.tokens": 4096,

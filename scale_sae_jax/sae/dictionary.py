@@ -16,7 +16,7 @@ from scale_sae_jax.config import SAEConfig
 from scale_sae_jax.sae import centring, decoding, kernels, selection, start
 from scale_sae_jax.sae.codes import Codes, Routing
 from scale_sae_jax.sae.groups import group
-from scale_sae_jax.sae.losses import Loss, mean_square
+from scale_sae_jax.sae.losses import Loss
 from scale_sae_jax.sae.products import rounded_dot
 
 
@@ -50,7 +50,7 @@ class DictionarySAE(nn.Module):
     def start(self, x: Float[Array, "T D"]) -> dict[str, Array]:
         """Starting values that depend on the first batch."""
         centre = start.geometric_median(x)
-        return {"b_dec": centre, "scale": jnp.sqrt(mean_square(x - centre) / self.width)}
+        return {"b_dec": centre, "scale": start.coordinate_scale(x - centre)}
 
     def start_level(self, x: Float[Array, "T D"], begun: dict[str, Array]) -> Float[Array, " L"]:
         """What each latent's product W_enc z exceeds in its share k / L of the first batch."""

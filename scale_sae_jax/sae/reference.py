@@ -31,14 +31,17 @@ def forward(config: SAEConfig, params: Params, x: Float[Array, "T D"]) -> Dense:
     n, d, m = params["w_enc"].shape
     tokens = x.shape[0]
 
-    logits = (x - params.get("b_router", params["b_dec"])) @ params["w_router"] + params["c_router"]
+    scale = jax.lax.stop_gradient(params.get("scale", 1.0))
+    centred = (x - params.get("b_router", params["b_dec"])) / scale
+    logits = centred @ params["w_router"] + params["c_router"]
     probs = jax.nn.softmax(logits, -1)
     selected = _largest(logits + params.get("balance", 0), config.active)
     gates = _gates(config.gate, logits, probs, selected)
 
     encoder = _scaled_encoder(config, params)
     bias = params.get("b_enc", jnp.zeros((n, m)))
-    acts = jax.nn.relu(jnp.einsum("td,ndm->tnm", x - params["b_dec"], encoder) + bias)
+    centred = (x - params["b_dec"]) / scale
+    acts = jax.nn.relu(jnp.einsum("td,ndm->tnm", centred, encoder) + bias)
     if config.gate_at == "code":
         acts = acts * gates[..., None]
     acts = jnp.where(selected[..., None], acts, 0)
@@ -49,7 +52,7 @@ def forward(config: SAEConfig, params: Params, x: Float[Array, "T D"]) -> Dense:
         kept = _largest(acts, config.k // config.active)
     else:
         kept = _largest(acts.reshape(1, -1), config.k * tokens).reshape(acts.shape)
-    z = jnp.where(kept, acts, 0)
+    z = jnp.where(kept, acts, 0) * scale
     if config.gate_at == "output":
         z = z * gates[..., None]
     x_hat = jnp.einsum("tnm,nmd->td", z, params["w_dec"]) + params["b_dec"]
@@ -66,13 +69,14 @@ def loss(
 
     chosen = _largest(out.probs, 1) if config.load_balance_from == "argmax" else out.selected
     share = chosen.mean(0) / chosen[0].sum()
-    total += config.load_balance * d * n * (share * out.probs.mean(0)).sum()
+    scale = jax.lax.stop_gradient(params.get("scale", 1.0))
+    total += config.load_balance * scale**2 * d * n * (share * out.probs.mean(0)).sum()
 
     if config.auxk:
         slots = min(config.auxk_latents or d // 2, config.active * m)
         candidates = jnp.where(dead.reshape(n, m), out.acts, 0)
         kept = _largest(candidates.reshape(len(x), -1), slots).reshape(candidates.shape)
-        z = jnp.where(kept, candidates, 0)
+        z = jnp.where(kept, candidates, 0) * scale
         if config.gate_at == "output":
             z = z * out.gates[..., None]
         residual = jax.lax.stop_gradient(x - out.x_hat)

@@ -24,8 +24,9 @@ class ScaleSAE(nn.Module):
 
     Parameters: w_enc [N, D, M], b_enc [N, M], w_dec [N, M, D], b_dec [D], w_router [D, N],
     c_router [N], b_router [D] (absent when biases are tied), omega [N] and low_pass [D, D] where
-    feature scaling has them. Two follow the batches instead of a gradient: threshold [] of scope
-    'batch', and balance [N] where `balance_rate` is set.
+    feature scaling has them, scale [] (set once, at the start) with `input_scale`. Two follow the
+    batches instead of a gradient: threshold [] of scope 'batch', and balance [N] where
+    `balance_rate` is set.
     """
 
     revives = True
@@ -50,15 +51,27 @@ class ScaleSAE(nn.Module):
             self.omega = self.param("omega", zeros, (n,))
         if c.feature_scaling == "mean_lp":
             self.low_pass = self.param("low_pass", lambda _: jnp.eye(d))
+        if c.input_scale:
+            self.scale = self.param("scale", nn.initializers.ones, ())
         if c.topk_scope == "batch":
             self.threshold = self.param("threshold", zeros, ())
         if c.balance_rate:
             self.balance = self.param("balance", zeros, (n,))
 
     def start(self, x: Float[Array, "T D"]) -> dict[str, Array]:
-        """Starting values that depend on the first batch: its geometric median."""
+        """Starting values that depend on the first batch."""
         centre = start.geometric_median(x)
-        return {"b_dec": centre} | ({} if self.config.tie_biases else {"b_router": centre.copy()})
+        begun = {"b_dec": centre}
+        if not self.config.tie_biases:
+            begun["b_router"] = centre.copy()
+        if self.config.input_scale:
+            begun["scale"] = start.coordinate_scale(x - centre)
+        return begun
+
+    @property
+    def unit(self) -> Float[Array, ""] | float:
+        """What activations are divided by; no gradient changes it."""
+        return jax.lax.stop_gradient(self.scale) if self.config.input_scale else 1.0
 
     @property
     def sparse_codes(self) -> bool:
@@ -71,8 +84,9 @@ class ScaleSAE(nn.Module):
 
     def route(self, x: Float[Array, "T D"]) -> Routing:
         balance = self.balance if self.config.balance_rate else None
+        x, b_router = x / self.unit, self.b_router / self.unit
         return routing.route(
-            x, self.b_router, self.w_router, self.c_router, self.config.active, balance
+            x, b_router, self.w_router, self.c_router, self.config.active, balance
         )
 
     def acts(
@@ -83,11 +97,12 @@ class ScaleSAE(nn.Module):
         `shift` is 0 and carries the gradient of b_dec; see `centring`.
         """
         c, experts = self.config, routed.experts
-        centred = x - jax.lax.stop_gradient(self.b_dec)
+        b_dec = self.b_dec / self.unit
+        centred = x / self.unit - jax.lax.stop_gradient(b_dec)
         products = grouped_dot(centred, self.w_enc, groups, self.kernel, c.dtype)  # [T, E, M]
-        shift = centring.shift(self.b_dec, self.w_enc)  # [N, M]
+        shift = centring.shift(b_dec, self.w_enc)  # [N, M]
         if c.feature_scaling != "none":
-            along, along_shift = self.along_low_pass(centred, products, shift, experts)
+            along, along_shift = self.along_low_pass(centred, b_dec, products, shift, experts)
             products = scaling.scale_features(products, self.omega[experts], along)
             shift = scaling.scale_features(shift, self.omega, along_shift)
         acts = jax.nn.relu(products + (self.b_enc + shift)[experts])
@@ -96,6 +111,7 @@ class ScaleSAE(nn.Module):
     def along_low_pass(
         self,
         centred: Float[Array, "T D"],
+        b_dec: Float[Array, " D"],
         products: Float[Array, "T E M"],
         shift: Float[Array, "N M"],
         experts: Int[Array, "T E"],
@@ -108,10 +124,11 @@ class ScaleSAE(nn.Module):
             return products.mean(-1), shift.mean(-1)
         direction = scaling.low_pass(self.w_enc, self.low_pass)  # [N, D]
         along = jnp.take_along_axis(centred @ direction.T, experts, axis=-1)
-        return along, -direction @ centring.offset(self.b_dec)
+        return along, -direction @ centring.offset(b_dec)
 
     def weighted(self, codes: Codes, routed: Routing) -> Codes:
-        """Survivors times their expert's gate, where the gate stands at the output."""
+        """Survivors in the unit of x, times their expert's gate where that stands at the output."""
+        codes = codes._replace(values=codes.values * self.unit)
         if self.config.gate_at == "code":
             return codes
         gates = routing.gates(routed, self.config.gate)  # [T, E]
@@ -174,7 +191,7 @@ class ScaleSAE(nn.Module):
         if c.balance_rate:
             tracked["balance"] = routing.rebalanced(self.balance, load, c.balance_rate)
         return Loss(
-            total=mse + c.load_balance * balance + c.auxk_weight * auxk,
+            total=mse + c.load_balance * self.unit**2 * balance + c.auxk_weight * auxk,
             mse=mse,
             terms={"load_balance": balance, "auxk": auxk},
             firing=count_slots(codes, c.latents),

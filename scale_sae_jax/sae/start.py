@@ -19,6 +19,11 @@ def normalise(w_dec: Float[Array, "... M D"], norm: str) -> Float[Array, "... M 
     return w_dec / jnp.maximum(jnp.linalg.norm(w_dec, axis=axis, keepdims=True), 1e-12)
 
 
+def coordinate_scale(centred: Float[Array, "T D"]) -> Float[Array, ""]:
+    """Root mean square coordinate of activations without their centre."""
+    return jnp.sqrt(jnp.square(centred).mean())
+
+
 def geometric_median(x: Float[Array, "T D"], iterations: int = 50) -> Float[Array, " D"]:
     """The point with the least summed distance to all x, by Weiszfeld's iteration from the mean."""
 
