@@ -43,8 +43,8 @@ def main() -> None:
     axes.axhline(results["fvu_pca"], color="C2", ls="--",
                  label=f"PCA of rank {config.sae.k}, held out: {results['fvu_pca']:.3f}")
     axes.set(xlabel="activations seen", ylabel="FVU", ylim=(0, 1),
-             title=f"{workdir.name}: {config.sae.experts} experts, {config.sae.active} active, "
-                   f"{config.sae.latents} latents, L0 = {config.sae.k}")
+             title=f"{workdir.name}: {config.sae.architecture}, {results['total_width']} latents, "
+                   f"{results['active_width']} a token computes, L0 = {results['l0']:.1f}")
     axes.legend()
     output = Path(FLAGS.output or workdir / "curve.png")
     try:

@@ -22,6 +22,7 @@ from scale_sae_jax.activations.array import ActivationArray
 from scale_sae_jax.config import Config, to_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.run import Heldout, Sources, open_sources, read_heldout
+from scale_sae_jax.sae import build
 from scale_sae_jax.sweep import axis, cell, product
 from scale_sae_jax.training.interrupts import Interrupted
 
@@ -70,6 +71,26 @@ def test_a_product_varies_the_last_list_fastest_and_lists_add_up():
         {"a": a, **rest} for a in "xy" for rest in ({"b": 0}, {"b": 1}, {"b": 5, "c": True})
     ]
     assert product() == [{}] and product(axis("a", "xy"), []) == []
+
+
+@pytest.mark.parametrize(
+    "name, cells",
+    (
+        ("architectures.py:seeds=2", 32),
+        ("architectures.py:data=synthetic,only=topk+ours,seeds=1", 3),
+        ("learning_rates.py", 36),
+        ("ours.py:seeds=2", 28),
+    ),
+)
+def test_the_grids_of_this_project_have_their_cells(name, cells):
+    grid = sweep.read_grid(f"configs/grids/{name}")
+    assert len(grid) == cells
+    for made in grid:
+        build(made.config.sae, 8)
+    widths = {c.name: build(c.config.sae, 8).config for c in grid if "seed=0" in c.name}
+    if "architectures" in name:
+        active = {c.active * c.latents // c.experts for n, c in widths.items() if "-active" in n}
+        assert active == {512}
 
 
 def test_a_cell_keeps_its_axes_and_takes_overrides():

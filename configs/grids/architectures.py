@@ -15,6 +15,18 @@ from scale_sae_jax.config import parse_arg
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sweep import axis, cell, product
 
+# Best of configs/grids/learning_rates.py, on other activations than the quickstart's.
+TUNED = {
+    "relu": 8e-3,
+    "gated": 8e-3,
+    "jumprelu": 8e-3,
+    "topk": 8e-3,
+    "batchtopk": 8e-3,
+    "matryoshka": 8e-3,
+    "switch": 4e-3,
+    "paper": 4e-3,
+    "ours": 8e-3,
+}
 MATCHED = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka", "switch")
 MANY_EXPERTS = ("paper", "ours")
 
@@ -40,5 +52,8 @@ def get_grid(arg=""):
     for axes in product([p for p in points if p["preset"] in only], axis("seed", range(arg.seeds))):
         given = {name: value for name, value in {**axes, **sizes}.items() if value != "both"}
         settings = config.get_config(",".join(f"{name}={value}" for name, value in given.items()))
-        cells.append(cell(axes, settings, overrides))
+        rate = TUNED[axes["preset"]]
+        if settings.sae.match == "width":  # the published rule: falls with the root of the width
+            rate *= (settings.sae.active / settings.sae.experts) ** 0.5
+        cells.append(cell(axes, settings, overrides | {"optim.lr": rate}))
     return cells

@@ -29,7 +29,7 @@ def get_grid(arg=""):
         )
         for axes in product(
             axis("preset", MATCHED + MANY_EXPERTS),
-            axis("lr", (2e-3, 4e-3, 8e-3)),
+            axis("lr", (2e-3, 4e-3, 8e-3, 1.6e-2)),
             axis("seed", range(arg.seeds)),
         )
     ]

@@ -39,7 +39,7 @@ def get_grid(arg=""):
         "optim.lr": arg.lr,
         "lm.layer": 10,
         "activations.tokens": 60_000,
-        "eval.tokens": 4096,
+        "eval.tokens": 1024,
         "checkpoint_every": 0,
     }
     return [
