@@ -79,7 +79,7 @@ def test_a_product_varies_the_last_list_fastest_and_lists_add_up():
         ("architectures.py:seeds=2", 32),
         ("architectures.py:data=synthetic,only=topk+ours,seeds=1", 3),
         ("learning_rates.py", 36),
-        ("ours.py:seeds=2", 28),
+        ("ours.py:seeds=2", 32),
     ),
 )
 def test_the_grids_of_this_project_have_their_cells(name, cells):

@@ -14,21 +14,25 @@ from scale_sae_jax.sweep import axis, cell, product
 
 SCALED = {"sae.input_scale": True, "sae.load_balance": 0.03}
 BASE = SCALED | {"sae.gate_at": "code"}
+BATCH = BASE | {"sae.gate": "renorm", "sae.topk_scope": "batch"}
 OPTIONS = {
     "paper": {},
     "gate=one": {"sae.gate": "one"},
     "load_balance=0.1": {"sae.load_balance": 0.1},
     "input_scale": SCALED,
     "input_scale gate=renorm": SCALED | {"sae.gate": "renorm"},
-    "input_scale gate_at=code (ours)": BASE,
-    "ours gate=renorm": BASE | {"sae.gate": "renorm"},
-    "ours load_balance=0.003": BASE | {"sae.load_balance": 0.003},
-    "ours balance_rate=0.01": BASE | {"sae.load_balance": 0.0, "sae.balance_rate": 0.01},
-    "ours feature_scaling=none": BASE | {"sae.feature_scaling": "none"},
-    "ours topk_scope=batch": BASE | {"sae.topk_scope": "batch"},
-    "ours orthogonality=0.1": BASE | {"sae.orthogonality": 0.1},
-    "ours experts=32 active=4": BASE | {"sae.experts": 32, "sae.active": 4},
-    "ours auxk=off": BASE | {"sae.auxk": False},
+    "input_scale gate_at=code": BASE,
+    "input_scale gate_at=code gate=renorm": BASE | {"sae.gate": "renorm"},
+    "input_scale gate_at=code load_balance=0.003": BASE | {"sae.load_balance": 0.003},
+    "input_scale gate_at=code balance_rate=0.01": BASE | {"sae.load_balance": 0.0, "sae.balance_rate": 0.01},
+    "input_scale gate_at=code feature_scaling=none": BASE | {"sae.feature_scaling": "none"},
+    "input_scale gate_at=code topk_scope=batch": BASE | {"sae.topk_scope": "batch"},
+    "input_scale gate_at=code orthogonality=0.1": BASE | {"sae.orthogonality": 0.1},
+    "input_scale gate_at=code experts=32 active=4": BASE | {"sae.experts": 32, "sae.active": 4},
+    "input_scale gate_at=code auxk=off": BASE | {"sae.auxk": False},
+    "input_scale gate_at=code gate=renorm topk_scope=batch": BATCH,
+    "input_scale gate_at=code gate=renorm topk_scope=batch load_balance=0.003": BATCH
+    | {"sae.load_balance": 0.003},
 }
 
 

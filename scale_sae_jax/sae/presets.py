@@ -24,7 +24,12 @@ PRESETS = {
     # The paper's method without feature scaling.
     "plain": dict(feature_scaling="none"),
     # The best many-expert options that a search found: configs/grids/ours.py, docs/results/.
-    "ours": dict(input_scale=True, gate_at="code", load_balance=0.03),
+    "ours": dict(
+        input_scale=True,
+        gate_at="code",
+        topk_scope="batch",
+        load_balance=0.03,
+    ),
     # One dictionary: see the file of each architecture for its paper.
     "relu": dict(architecture="relu", decoder_norm="none", auxk=False, penalty=3.0),
     "gated": dict(architecture="gated", auxk=False, penalty=4.0),
