@@ -98,7 +98,7 @@ def _mean(values: list[float], form: str) -> str:
         return "-"
     mean, n = format(np.mean(values), form), len(values)
     if n == 1:
-        return f"{mean} (1 seed)"
+        return mean
     if isinstance(values[0], int) and len(set(values)) == 1:
         return mean
     half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)

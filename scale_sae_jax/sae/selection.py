@@ -13,7 +13,7 @@ from scale_sae_jax.sae.codes import Codes
 
 GROUP = 32
 NARROW = 128  # rows of fewer than so many values a winner are not worth two stages
-THRESHOLD_DECAY = 0.99
+THRESHOLD_DECAY = 0.9
 
 
 def latent_ids(experts: Int[Array, "T E"], size: int) -> Int[Array, "T W"]:
