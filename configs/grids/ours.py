@@ -24,7 +24,8 @@ OPTIONS = {
     "input_scale gate_at=code": BASE,
     "input_scale gate_at=code gate=renorm": BASE | {"sae.gate": "renorm"},
     "input_scale gate_at=code load_balance=0.003": BASE | {"sae.load_balance": 0.003},
-    "input_scale gate_at=code balance_rate=0.01": BASE | {"sae.load_balance": 0.0, "sae.balance_rate": 0.01},
+    "input_scale gate_at=code balance_rate=0.01": BASE
+    | {"sae.load_balance": 0.0, "sae.balance_rate": 0.01},
     "input_scale gate_at=code feature_scaling=none": BASE | {"sae.feature_scaling": "none"},
     "input_scale gate_at=code topk_scope=batch": BASE | {"sae.topk_scope": "batch"},
     "input_scale gate_at=code orthogonality=0.1": BASE | {"sae.orthogonality": 0.1},
