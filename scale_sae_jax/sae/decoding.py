@@ -29,11 +29,9 @@ def decode(
     codes: Codes, rows: Float[Array, "L D"], kernel: Kernel, dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "T D"]:
     """sum_k values[t, k] * rows[ids[t, k]], by gathered rows or the dense code by cost."""
-    tokens, slots = codes.ids.shape
-    if rows.shape[0] > kernel.gathered_row * slots:
+    if rows.shape[0] > kernel.gathered_row * codes.ids.shape[1]:
         return decode_rows(*codes, rows, dtype)
-    dense = jnp.zeros((tokens, rows.shape[0]), codes.values.dtype)
-    dense = dense.at[jnp.arange(tokens)[:, None], codes.ids].add(codes.values)
+    dense = spread(*codes, rows.shape[0])
     return _einsum("tl,ld->td", dense.astype(dtype), rows.astype(dtype))
 
 
@@ -135,9 +133,15 @@ def dense_codes(
     tokens, active = experts.shape
     place = (ids[..., None] // size == experts[:, None, :]).argmax(-1)  # [T, K]
     slots = place * size + ids % size
-    dense = jnp.zeros((tokens, active * size), values.dtype)
-    dense = dense.at[jnp.arange(tokens)[:, None], slots].add(values)
-    return dense.reshape(tokens, active, size)
+    return spread(values, slots, active * size).reshape(tokens, active, size)
+
+
+def spread(
+    values: Float[Array, "T K"], places: Int[Array, "T K"], width: int
+) -> Float[Array, "T W"]:
+    """Rows of zeros with each value added at its place."""
+    zeros = jnp.zeros((values.shape[0], width), values.dtype)
+    return zeros.at[jnp.arange(values.shape[0])[:, None], places].add(values)
 
 
 def scatter_rows(

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from scale_sae_jax.sae.start import normalise
+
 
 class Loss(NamedTuple):
     """What one batch yields: the loss, and what the training step keeps count of.
@@ -44,9 +46,7 @@ def orthogonality(w_dec: Float[Array, "L D"], key: Array, chunk: int) -> Float[A
     size = min(chunk, w_dec.shape[0])
     chunks = w_dec.shape[0] // size
     order = jax.random.permutation(key, w_dec.shape[0])[: chunks * size]
-    rows = w_dec[order]
-    unit = rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
-    dealt = unit.reshape(chunks, size, -1)
+    dealt = normalise(w_dec[order], "latent").reshape(chunks, size, -1)
 
     def nearest(chunk: Float[Array, "C D"]) -> Int[Array, " C"]:
         cosines = chunk @ chunk.T

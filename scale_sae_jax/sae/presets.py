@@ -1,6 +1,7 @@
 """Named sets of options: what the paper says, what its code does, and what it is compared with."""
 
 import dataclasses
+from typing import Any
 
 from scale_sae_jax.config import SAEConfig
 from scale_sae_jax.errors import UserError
@@ -69,6 +70,18 @@ def preset(
     elif match and "active" in options:
         sizes |= _own_active(sizes, options["active"], match)
     return dataclasses.replace(config, **sizes)
+
+
+def from_arg(arg: Any) -> SAEConfig:
+    """The preset that a config file's parsed argument asks for, at its sizes."""
+    return preset(
+        arg.preset,
+        latents=arg.latents,
+        experts=arg.experts,
+        active=arg.active,
+        k=arg.l0,
+        match=arg.match,
+    )
 
 
 def _own_active(sizes: dict[str, int], own: int, match: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
-from scale_sae_jax.sae.decoding import decode_rows, scatter_rows
+from scale_sae_jax.sae.decoding import decode_rows, scatter_rows, spread
 from scale_sae_jax.sae.kernels import Kernel
 
 
@@ -45,8 +45,7 @@ def _backward(kernel, dtype, saved, grad):
     if shape[1] > kernel.scattered_row * ids.shape[1]:
         d_w = scatter_rows(grad, ids, x, w)
     else:
-        dense = jnp.zeros(shape).at[jnp.arange(shape[0])[:, None], ids].add(grad)
-        d_w = rounded_dot(dense.T, x.T, dtype).astype(w.dtype)
+        d_w = rounded_dot(spread(grad, ids, shape[1]).T, x.T, dtype).astype(w.dtype)
     return decode_rows(grad, ids, w, dtype), d_w, None, None
 
 
