@@ -39,8 +39,8 @@ from scale_sae_jax.config import CHOICES, OptimConfig, SAEConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae import build, selection
 from scale_sae_jax.sae.presets import preset
-from scale_sae_jax.training import optim, state
-from scale_sae_jax.training.step import make_steps
+from scale_sae_jax.training import optim
+from scale_sae_jax.training.matching import step_seconds
 
 FLAGS = flags.FLAGS
 SWEEPS = {
@@ -110,21 +110,6 @@ def optimiser_of(config: SAEConfig) -> tuple[optax.GradientTransformation, optax
     adam = OptimConfig()
     tx = optim.optimiser(adam, config.latents, 1000, config.decoder_norm)
     return tx, optim.schedule(adam, config.latents, 1000)
-
-
-def step_seconds(config: SAEConfig, batches: Array, repeats: int) -> float:
-    """The whole training step on [C, T, D] activations, C steps a call."""
-    calls, _, width = batches.shape
-    sae = build(config, width)
-    tx, rate = optimiser_of(sae.config)
-    steps = make_steps(sae, tx, rate, config.dead_after)
-    now = [state.create(sae, tx, OptimConfig(), 0, batches[0])]
-
-    def one_call():
-        now[0], metrics = steps(now[0], batches, calls, jnp.zeros(width))
-        return metrics["loss"], now[0].step
-
-    return median_seconds(one_call, repeats) / calls
 
 
 def forward_backward(config: SAEConfig, batches: Array, repeats: int) -> tuple[float, int]:

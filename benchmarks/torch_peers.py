@@ -24,10 +24,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from benchmarks.step import define_sizes, step_seconds
+from benchmarks.step import define_sizes
 from experiments import command_line
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae.presets import preset
+from scale_sae_jax.training.matching import step_seconds
 
 FLAGS = flags.FLAGS
 LR = 1e-4

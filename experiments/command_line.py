@@ -1,27 +1,41 @@
 """What all commands share: one-line errors, and settings from a file and flags."""
 
+import os
 import sys
 from collections.abc import Callable
 from logging import getLogger
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
+from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict, config_flags
 
 from scale_sae_jax.config import Config, to_config_dict
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.parallel import processes
+
+FLAGS = flags.FLAGS
 
 
-def start(main: Callable[[], None], define: Callable[[list[str]], None]) -> None:
+def start(
+    main: Callable[[], None], define: Callable[[list[str]], None], processes_join: bool = False
+) -> None:
     """Defines and parses the flags, runs `main`, and turns a user's mistake into one line.
 
-    Exit status: 0 done, 2 for a user's mistake.
+    Args:
+      processes_join: whether several processes may run the command as one program; it then takes
+        --coordinator, --num_processes and --process_id.
+
+    Exit status: 0 done, 2 for a user's mistake, 3 if another process of the program was lost.
     """
 
     def parse(argv: list[str]) -> list[str]:
         try:
             _refuse_unknown_settings(argv)
             define(argv)
+            if processes_join:
+                _define_processes()
             rest = flags.FLAGS(argv)
         except (UserError, flags.Error) as error:
             raise UserError(str(error)) from None
@@ -37,7 +51,13 @@ def start(main: Callable[[], None], define: Callable[[list[str]], None]) -> None
         # Of a damaged checkpoint, asyncio reports every read that fails beside the first.
         getLogger("asyncio").setLevel("CRITICAL")
         try:
-            main()
+            several = processes_join and processes.join(
+                FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
+            )
+            if several:
+                _run_with_others(main)
+            else:
+                main()
         except UserError as error:
             fail(str(error))
 
@@ -45,6 +65,26 @@ def start(main: Callable[[], None], define: Callable[[list[str]], None]) -> None
         app.run(body, flags_parser=parse)
     except UserError as error:
         fail(str(error))
+
+
+def _define_processes() -> None:
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0; found by itself on SLURM, TPU.")
+    flags.DEFINE_integer("num_processes", 0, "Processes of this program.")
+    flags.DEFINE_integer("process_id", -1, "Number of this one, from 0.")
+
+
+def _run_with_others(main: Callable[[], None]) -> None:
+    """`main`, ended at once when another process is lost: without it no step can be taken."""
+    try:
+        main()
+    except JaxRuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        print(
+            f"error: process {jax.process_index()} stops, for another process was lost or failed "
+            f"({reason}); start all of them again: they resume from the last checkpoint",
+            file=sys.stderr, flush=True,
+        )
+        os._exit(3)  # a regular exit would wait for the lost one
 
 
 def fail(message: str) -> None:

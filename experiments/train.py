@@ -2,7 +2,9 @@
 
     python -m experiments.train --config=configs/quickstart.py:l0=32 --workdir=runs/quickstart
 
-The same command again resumes the run where it stopped.
+The same command again resumes the run where it stopped. Several processes run it as one program
+with --coordinator=HOST:PORT --num_processes=N --process_id=I, or by themselves on SLURM and TPU
+pods (docs/scaling.md).
 """
 
 from pathlib import Path
@@ -12,7 +14,8 @@ from absl import flags
 from experiments import command_line
 from experiments.console import Bars, table
 from scale_sae_jax.config import from_config_dict
-from scale_sae_jax.run import run
+from scale_sae_jax.parallel import processes
+from scale_sae_jax.run import Console, run
 from scale_sae_jax.training.interrupts import Interrupted, stop_requests
 
 FLAGS = flags.FLAGS
@@ -26,18 +29,20 @@ def define(argv: list[str]) -> None:
 def main() -> None:
     config = from_config_dict(FLAGS.config)
     workdir = Path(FLAGS.workdir or f"runs/{command_line.config_name()}")
-    bars = Bars()
+    bars = Bars() if processes.leads() else Console()
     try:
         with stop_requests() as stop:
             results = run(config, workdir, stop, bars)
     except Interrupted as stopped:
         bars.close()
-        print(f"{stopped}; the same command goes on from there ({workdir})")
+        if processes.leads():
+            print(f"{stopped}; the same command goes on from there ({workdir})")
         return
     finally:
         bars.close()
-    print(f"{table(results)}\n  run: {workdir}")
+    if processes.leads():
+        print(f"{table(results)}\n  run: {workdir}")
 
 
 if __name__ == "__main__":
-    command_line.start(main, define)
+    command_line.start(main, define, processes_join=True)

@@ -224,12 +224,15 @@ class EvalConfig:
 class Config:
     """A run. batch_size counts activations; the two `_every` count steps (checkpoints: 0 = never).
 
+    mesh: sizes of the mesh of devices, 'data:4,expert:2' (parallel/mesh.py); -1 is what is left,
+        '' puts experts on as many devices as divide both.
     steps_per_call: steps that one compiled call takes; they share their temporary memory.
     """
 
     seed: int = 0
     steps: int = 10_000
     batch_size: int = 8192
+    mesh: str = ""
     steps_per_call: int = 8
     log_every: int = 50
     checkpoint_every: int = 1000

@@ -9,6 +9,7 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from scale_sae_jax import workdir as folders
 from scale_sae_jax.activations.array import ActivationArray, open_array
@@ -26,6 +27,8 @@ from scale_sae_jax.evaluation.evaluator import EvalBatch, evaluate, json_value
 from scale_sae_jax.evaluation.ground_truth import measure_ground_truth
 from scale_sae_jax.evaluation.heldout import array_batches, text_batches
 from scale_sae_jax.lm import LanguageModel, inspect_language_model, load_language_model
+from scale_sae_jax.parallel import processes
+from scale_sae_jax.parallel.experts import on_mesh
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.sae.registry import build
 from scale_sae_jax.text.sources import check_text
@@ -70,6 +73,9 @@ class Console:
     def step(self, record: dict[str, Any], total: int) -> None:
         """A training record."""
 
+    def close(self) -> None:
+        """Nothing more comes for now."""
+
 
 def check_sources(config: Config) -> None:
     """Refuses, before any work, what the model, text or array at hand does not allow."""
@@ -101,7 +107,7 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
 
     def progress(done: int, total: int) -> None:
         console.progress("harvest", done, total)
-        if stop.is_set():
+        if processes.any_of(stop.is_set()):
             raise Interrupted(f"harvest stopped at {done} of {total} activations")
 
     harvest(lm, config.text, resolved(config).activations, config.lm, path, progress)
@@ -151,13 +157,15 @@ def run(
       sources, heldout: what `open_sources` and `read_heldout` return for this config, where runs
         share them; opened here if not given.
 
+    Every process of a program calls this alike, with the same folder.
+
     Returns the contents of eval.json. Raises UserError for a user's mistake, before any work where
     it can be told by then, and Interrupted when `stop` was set; the same call then resumes.
     """
     check_sources(config)
     if config.sae.match != "time":
         build(config.sae, 1)  # an unknown architecture, or sizes that it cannot have
-    for remark in folders.claim(config, workdir):
+    for remark in processes.lead_alone(lambda: folders.claim(config, workdir)) or []:
         console.note(remark)
     sources = sources or open_sources(config, workdir, stop, console)
     config = sized(config, workdir, sources.train.d)
@@ -165,9 +173,8 @@ def run(
     summary = train(config, sources.train, workdir, stop, show)
     if not summary.finished:
         raise Interrupted(f"training stopped and saved at step {summary.step} of {config.steps}")
-    sae = build(config.sae, sources.train.d)
     heldout = heldout or read_heldout(config, config.text, sources, console)
-    params = summary.state.params
+    sae, params = summary.sae, summary.state.params
     return evaluate_run(config, config.text, workdir, sources, heldout, sae, params, console)
 
 
@@ -220,18 +227,22 @@ def evaluate_run(
 
     words = f"{Path(str(results['eval_text'])).stem} {text.where.replace('!=', ' not ')}"
     name = re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-")
-    (workdir / "evals").mkdir(exist_ok=True)
-    folders.write_json(workdir / "evals" / f"{name}.json", results)
-    folders.write_json(workdir / "eval.json", results)
+    if processes.leads():
+        (workdir / "evals").mkdir(exist_ok=True)
+        folders.write_json(workdir / "evals" / f"{name}.json", results)
+        folders.write_json(workdir / "eval.json", results)
     return results
 
 
-def load(path: str | Path, step: int | str = "latest") -> tuple[Autoencoder, Params]:
+def load(
+    path: str | Path, step: int | str = "latest", mesh: Mesh | None = None
+) -> tuple[Autoencoder, Params]:
     """A trained autoencoder and its parameters from the folder of a run.
 
     Args:
       path: the --workdir of a run.
       step: a checkpoint's step, 'latest', or 'best' (lowest running FVU).
+      mesh: devices to put it on, whatever mesh it was trained on; one device if not given.
 
     Raises UserError when the folder holds no run or no such checkpoint.
     """
@@ -250,8 +261,8 @@ def load(path: str | Path, step: int | str = "latest") -> tuple[Autoencoder, Par
         width = checkpoints.width(number)
         sae = build(sized(config, workdir, width).sae, width)
         tx = optimiser(config.optim, sae.latents, config.steps, sae.config.decoder_norm)
-        restored = checkpoints.restore(number, state.abstract(sae, tx, config.optim))
-    return sae, restored.params
+        restored = checkpoints.restore(number, state.abstract(sae, tx, config.optim, mesh))
+    return on_mesh(sae, mesh) if mesh else sae, restored.params
 
 
 def sized(config: Config, workdir: Path, width: int) -> Config:
@@ -259,9 +270,13 @@ def sized(config: Config, workdir: Path, width: int) -> Config:
     if config.sae.match != "time":
         return config
     path = workdir / "matched.json"
-    if not path.exists():
-        latents = equal_time_latents(config.sae, width, config.batch_size)
-        folders.write_json(path, {"latents": latents})
+
+    def measure() -> None:
+        if not path.exists():
+            latents = equal_time_latents(config.sae, width, config.batch_size)
+            folders.write_json(path, {"latents": latents})
+
+    processes.lead_alone(measure)
     latents = folders.read_json(path, "a run matched by time").get("latents")
     if not isinstance(latents, int) or latents < config.sae.k:
         raise UserError(f"{path} does not hold a number of latents: start a new run")

@@ -13,7 +13,7 @@ from scale_sae_jax.config import Config, flatten, from_config_dict
 from scale_sae_jax.errors import UserError
 
 # Settings that do not decide what the next step computes from the same state.
-FREE = ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "wandb")
+FREE = ("steps", "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "wandb")
 FREE_SECTIONS = ("eval",)
 # Settings that do, but that a user may well change on purpose when a run goes on.
 ADJUSTABLE = ("optim.lr", "optim.warmup", "optim.decay")

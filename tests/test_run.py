@@ -4,6 +4,7 @@ import dataclasses
 import json
 from threading import Event
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ SMALL = SyntheticConfig(
     factors=3,
 )
 CONFIG = Config(
+    mesh="data:1,expert:1",
     steps=300,
     batch_size=128,
     log_every=100,
@@ -69,7 +71,7 @@ def test_equal_time_latents_meet_the_goal_on_a_made_up_machine(monkeypatch):
     """A step of one dictionary takes 2e-6 L^0.8 s, the many-expert one 1e-3 s."""
     from scale_sae_jax.training import matching
 
-    def seconds(config, width, batch_size):
+    def seconds(config, batches):
         return 1e-3 if config.architecture == "scale" else 2e-6 * config.latents**0.8
 
     monkeypatch.setattr(matching, "step_seconds", seconds)
@@ -81,7 +83,8 @@ def test_equal_time_latents_meet_the_goal_on_a_made_up_machine(monkeypatch):
 def test_a_step_is_timed():
     from scale_sae_jax.training.matching import step_seconds
 
-    seconds = step_seconds(preset("topk", latents=64, experts=1, active=1, k=4), 16, 32, calls=1)
+    config = preset("topk", latents=64, experts=1, active=1, k=4)
+    seconds = step_seconds(config, jnp.ones((2, 32, 16)), calls=1)
     assert np.isfinite(seconds) and seconds > 0
 
 

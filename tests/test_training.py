@@ -25,6 +25,7 @@ from scale_sae_jax.training.step import make_step, make_steps
 WIDTH, ROWS, BATCH = 16, 320, 32
 SAE = SAEConfig(latents=64, experts=4, active=2, k=4, auxk_latents=8, load_balance=0.1)
 CONFIG = Config(
+    mesh="data:1,expert:1",
     seed=3,
     steps=12,
     batch_size=BATCH,

@@ -1,4 +1,4 @@
-"""The language model over batches of token rows, on all local devices, up to one layer."""
+"""The language model over batches of token rows, on all devices, up to one layer."""
 
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain, pairwise
@@ -7,12 +7,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from scale_sae_jax.activations.masks import Fate, fates, token_flags
 from scale_sae_jax.activations.store import STORED
 from scale_sae_jax.config import ActivationsConfig, LMConfig
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.parallel import processes
+from scale_sae_jax.parallel.mesh import EVERYWHERE, TOKENS, make_mesh
 from scale_sae_jax.text.packing import TokenRows
 
 
@@ -46,9 +48,9 @@ def run_model(
 ) -> Iterator[Slab]:
     """The output of block `lm_config.layer` on each batch; no later block is run.
 
-    The next batch is dispatched before a result is waited for. Rows are sharded over all local
-    devices if they divide evenly, else one device does the work. Raises UserError if a kept
-    activation is not finite.
+    The next batch is dispatched before a result is waited for. Rows are split over the devices of
+    all processes, each of which gets all results. Raises UserError if a kept activation is not
+    finite.
     """
     dtype = jnp.dtype(config.dtype)
 
@@ -58,16 +60,18 @@ def run_model(
         return hidden.astype(dtype), jnp.linalg.norm(hidden, axis=-1)
 
     def dispatch(batch: TokenRows) -> tuple[TokenRows, tuple[jax.Array, jax.Array]]:
-        return batch, run(params, *jax.device_put((batch.tokens, batch.segments), by_row))
+        filled = [
+            np.pad(array, ((0, -len(array) % mesh.size), (0, 0)))
+            for array in (batch.tokens, batch.segments)
+        ]
+        return batch, run(params, *jax.device_put(filled, by_row))
 
-    devices = jax.local_devices()
-    if lm_config.rows_per_batch % len(devices):
-        devices = devices[:1]
-    mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
-    params = jax.device_put(lm.params, NamedSharding(mesh, PartitionSpec()))
-    by_row = NamedSharding(mesh, PartitionSpec("data"))
+    mesh = make_mesh("data:-1", 1)
+    params = jax.device_put(lm.params, NamedSharding(mesh, EVERYWHERE))
+    by_row = NamedSharding(mesh, TOKENS)
     for (batch, result), _ in pairwise(chain(map(dispatch, batches), (None,))):
-        yield _slab(batch, *jax.device_get(result), lm.tokenizer.special_ids, config)
+        whole = (array[: len(batch.tokens)] for array in processes.everywhere(result))
+        yield _slab(batch, *whole, lm.tokenizer.special_ids, config)
 
 
 def _slab(

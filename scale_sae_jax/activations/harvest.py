@@ -23,6 +23,7 @@ from scale_sae_jax.activations.masks import Fate, outliers
 from scale_sae_jax.activations.store import Counts, Manifest
 from scale_sae_jax.config import ActivationsConfig, LMConfig, TextConfig, flatten
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.parallel import processes
 from scale_sae_jax.text import sources
 from scale_sae_jax.text.packing import pack, row_batches
 from scale_sae_jax.text.splits import document_hash, training_documents
@@ -56,10 +57,11 @@ def harvest(
     """Fills the store at `path` with the output of block `lm_config.layer` on the training text.
 
     Goes on where a killed harvest stopped and returns at once where the store is complete. Ends
-    when `activations_config.tokens` are kept or the text ends, which the manifest then notes.
+    when `activations_config.tokens` are kept or the text ends, which the manifest then notes. Every
+    process of a program calls this alike; one of them writes.
 
     Args:
-      lm: the model; `run_to` is jitted, rows sharded over all local devices if they divide evenly.
+      lm: the model; `run_to` is jitted, rows are split over the devices of all processes.
       progress: called with activations kept so far, and wanted, as they come.
 
     Raises:
@@ -67,7 +69,10 @@ def harvest(
         or the model's output is not finite.
     """
     folder, wanted = Path(path), activations_config.tokens
-    manifest = _start(lm, content_settings(lm, text_config, activations_config, lm_config), folder)
+    settings = content_settings(lm, text_config, activations_config, lm_config)
+    leads = processes.leads()
+    processes.lead_alone(lambda: _start(lm, settings, folder))
+    manifest = _start(lm, settings, folder)
     if manifest.complete:
         return manifest
     moments, documents = _read_back(folder, manifest)
@@ -89,28 +94,35 @@ def harvest(
         if len(x):
             x = x[permuted(np.arange(len(x)), len(x), seed=len(shards))]
             moments = _add(moments, x)
-            shards = (*shards, store.write_shard(folder, len(shards), x))
+            shards = (*shards, store.write_shard(folder, len(shards), x, leads))
         if not shards:
             raise _nothing_kept()
         documents = np.union1d(documents, np.frombuffer(hashes.tobytes(), np.uint64)[indices])
-        store.write_array(folder / store.DOCUMENTS, documents)
+        if leads:
+            store.write_array(folder / store.DOCUMENTS, documents)
         counts = dataclasses.replace(
             counts,
             documents=len(documents),
             rows=-(-counts.tokens_seen // text_config.context),
         )
         manifest = dataclasses.replace(manifest, d=x.shape[1], shards=shards, counts=counts)
-        store.write_manifest(folder, manifest)
+        if leads:
+            store.write_manifest(folder, manifest)
 
     note = ""
     if manifest.n < wanted:
         note = f"the text ended after {manifest.n} of {wanted} activations"
-        print(f"{folder}: {note}")
-    store.write_array(folder / store.MEAN, (moments.total / manifest.n).astype(np.float32))
     manifest = dataclasses.replace(
         manifest, complete=True, mean_squared_norm=moments.squares / manifest.n, note=note
     )
-    store.write_manifest(folder, manifest)
+
+    def finish() -> None:
+        if note:
+            print(f"{folder}: {note}")
+        store.write_array(folder / store.MEAN, (moments.total / manifest.n).astype(np.float32))
+        store.write_manifest(folder, manifest)
+
+    processes.lead_alone(finish)
     return manifest
 
 

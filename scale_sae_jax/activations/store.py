@@ -190,9 +190,17 @@ def load_documents(folder: Path) -> UInt64[np.ndarray, " H"]:
     return hashes
 
 
-def write_shard(folder: Path, number: int, rows: Shaped[np.ndarray, "T D"]) -> Shard:
-    """Writes rows in their stored dtype as shard `number`."""
+def write_shard(
+    folder: Path, number: int, rows: Shaped[np.ndarray, "T D"], leads: bool = True
+) -> Shard:
+    """Writes rows in their stored dtype as shard `number`.
+
+    Args:
+      leads: False in a process that leaves the writing to another; its `Shard` has no checksum.
+    """
     path = folder / f"shard-{number:05d}.npy"
+    if not leads:
+        return Shard(path.name, len(rows), "")
     write_array(path, rows)
     return Shard(path.name, len(rows), _sha256(path))
 

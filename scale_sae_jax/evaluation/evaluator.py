@@ -24,6 +24,7 @@ from scale_sae_jax.evaluation.bootstrap import (
     sum_by_document,
 )
 from scale_sae_jax.evaluation.flops import forward_flops
+from scale_sae_jax.parallel import processes
 
 WITH_INTERVAL = ("mse", "fvu", "delta_ce", "l0")
 TRAINING_KEYS = ("tokens_seen", "train_seconds", "tokens_per_second")
@@ -234,7 +235,8 @@ def evaluate(
     parts, counts, firing = [], Counter(), np.zeros(sae.latents, np.int64)
     l0, selected, token_ids = [], [], []  # of each kept token
     for batch in batches:
-        result = run(params, batch.x, batch.scored, batch.real, mean, max_norm)
+        on_devices = run(params, batch.x, batch.scored, batch.real, mean, max_norm)
+        result = processes.everywhere(on_devices)
         if lm is None:
             spliced = splice.no_terms(batch.real.shape)
         else:
@@ -247,13 +249,13 @@ def evaluate(
                 real=batch.real,
             )
             spliced = run_splice(lm.params, mean, inputs)
-        kept = np.asarray(result.kept)
+        kept = result.kept
         terms = jax.tree.map(lambda t: np.asarray(t)[batch.real], (result.terms, spliced))
         parts.append(sum_by_document(batch.documents[batch.real], terms))
         counts.update(count_tokens(batch, kept))
-        firing += np.asarray(result.firing)
-        l0.append(np.asarray(result.terms.l0)[kept])
-        selected.append(np.asarray(result.experts)[kept])
+        firing += result.firing
+        l0.append(result.terms.l0[kept])
+        selected.append(result.experts[kept])
         token_ids.append(None if batch.tokens is None else batch.tokens[kept])
         if progress is not None:
             progress(int(batch.real.sum()))

@@ -21,6 +21,7 @@ from scale_sae_jax.sae.grouped import grouped_dot, grouped_outer
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.kernels import Kernel
 from scale_sae_jax.sae.losses import mean_square
+from scale_sae_jax.sae.shards import Shards
 
 CHUNK_ELEMENTS = 3 << 17
 
@@ -72,21 +73,27 @@ decode_rows.defvjp(_decode_forward, _decode_backward)
 def squared_error(
     target: Float[Array, "T D"],
     codes: Codes,
-    experts: Int[Array, "T E"],
+    experts: Int[Array, "R E"],
     w_dec: Float[Array, "N M D"],
     groups: Groups,
     kernel: Kernel,
     dtype: DTypeLike = jnp.float32,
+    shards: Shards = Shards(),
 ) -> tuple[Float[Array, ""], Float[Array, "T D"]]:
     """mean_t |target - decoded|^2 of codes of the selected experts, and target - decoded.
+
+    Args:
+      codes: of the R tokens that this device's experts see (T without expert shards), ids of its
+        own experts; `shards` adds what the other devices decode.
 
     The residual is a constant: no gradient flows through it.
     """
     width = experts.shape[1] * w_dec.shape[1]
-    if width > kernel.gathered_row * codes.ids.shape[1]:
+    if shards.expert == 1 and width > kernel.gathered_row * codes.ids.shape[1]:
         return _error_by_rows(*codes, experts, w_dec, target, groups, kernel, dtype)
     dense = dense_codes(*codes, experts, w_dec.shape[1])
-    residual = target - grouped_dot(dense, w_dec, groups, kernel, dtype).sum(1)
+    decoded = grouped_dot(dense, w_dec, groups, kernel, dtype).sum(1)
+    residual = target - shards.sum_to_owner(decoded)
     return mean_square(residual), jax.lax.stop_gradient(residual)
 
 

@@ -29,6 +29,7 @@ class DictionarySAE(nn.Module):
     config: SAEConfig
     width: int
 
+    by_expert = ()  # parameters whose leading axis is that of experts
     sparse_codes = False  # whether a token has k slots; else one for every latent
     revives = False  # whether the loss asks for dead latents (AuxK)
 

@@ -22,7 +22,7 @@ def grouped_dot(
     kernel: Kernel,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "T E B"]:
-    """x_t W_i for every selected expert i of token t.
+    """x_t W_i for every selected expert i of token t; 0 for an expert on another device.
 
     Args:
       x: a row a token, [T, A], or a row a selected expert, [T, E, A].
@@ -68,4 +68,5 @@ def _rows(x: Array, groups: Groups, dtype: DTypeLike) -> Rows:
 
 
 def _by_token(rows: Array, x: Array, groups: Groups) -> Array:
-    return rows[groups.rows].reshape(x.shape[0], -1, rows.shape[-1])
+    by_pair = rows.at[groups.rows].get(mode="fill", fill_value=0)
+    return by_pair.reshape(x.shape[0], -1, rows.shape[-1])

@@ -2,7 +2,8 @@
 
 Every token has E selected experts, which makes P = T * E pairs. In the order of their experts, each
 expert's pairs are one run of neighbouring rows, however many there are: none is dropped, nothing is
-padded, and an expert without tokens has a run of length 0.
+padded, and an expert without tokens has a run of length 0. Pairs whose expert lies on another
+device come last and belong to no run.
 """
 
 from typing import NamedTuple
@@ -11,12 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 
+ELSEWHERE = 2**30  # the row of a pair without one
+
+
 class Groups(NamedTuple):
     """Where each pair lies.
 
     pairs [P]: which pair (token * E + place among its experts) stands in each row. rows [P]: the
-    inverse, the row of each pair. experts [P]: the expert of each row, ascending. sizes [N]: rows
-    of each expert.
+    inverse, the row of each pair, or `ELSEWHERE`. experts [P]: the expert of each row, ascending.
+    sizes [N]: rows of each expert.
     """
 
     pairs: Int[Array, " P"]
@@ -26,13 +30,19 @@ class Groups(NamedTuple):
 
 
 def group(experts: Int[Array, "T E"], n_experts: int) -> Groups:
-    """Sorts the pairs by expert; pairs of one expert stay in the order of their tokens."""
+    """Sorts the pairs by expert; pairs of one expert stay in the order of their tokens.
+
+    Args:
+      experts: ids below `n_experts`; `n_experts` itself stands for an expert on another device.
+    """
     flat = experts.reshape(-1)
     pairs = jnp.argsort(flat, stable=True).astype(jnp.int32)
     place = jnp.arange(flat.size, dtype=jnp.int32)
+    sizes = jnp.zeros(n_experts, jnp.int32).at[flat].add(1, mode="drop")
+    row = jnp.where(place < sizes.sum(), place, ELSEWHERE)
     return Groups(
         pairs=pairs,
-        rows=jnp.zeros_like(pairs).at[pairs].set(place, unique_indices=True),
+        rows=jnp.zeros_like(pairs).at[pairs].set(row, unique_indices=True),
         experts=flat[pairs],
-        sizes=jnp.zeros(n_experts, jnp.int32).at[flat].add(1),
+        sizes=sizes,
     )

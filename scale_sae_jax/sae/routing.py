@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from scale_sae_jax.sae import centring
 from scale_sae_jax.sae.codes import Routing
+from scale_sae_jax.sae.shards import Shards
 
 
 def route(
@@ -48,8 +49,10 @@ def gates(routing: Routing, kind: str) -> Float[Array, "T E"]:
     raise ValueError(f"unknown gate {kind!r}")
 
 
-def expert_share(routing: Routing, count: str) -> Float[Array, " N"]:
-    """f_i, the share of the routing that expert i got; sums to 1.
+def expert_share(
+    routing: Routing, count: str, shards: Shards = Shards()
+) -> Float[Array, " N"]:
+    """f_i, the share of the routing that expert i got in the whole batch; sums to 1.
 
     Args:
       count: 'argmax' counts the most probable expert of each token, 'selected' all E of them.
@@ -60,7 +63,7 @@ def expert_share(routing: Routing, count: str) -> Float[Array, " N"]:
     else:
         chosen = routing.experts
     counts = jnp.zeros(experts).at[chosen.reshape(-1)].add(1.0)
-    return counts / chosen.size
+    return shards.mean(counts / chosen.size)
 
 
 def rebalanced(
@@ -73,10 +76,12 @@ def rebalanced(
     return balance + rate * jnp.sign(1 / load.shape[0] - load)
 
 
-def load_balance(routing: Routing, width: int, count: str) -> Float[Array, ""]:
+def load_balance(
+    routing: Routing, width: int, count: str, shards: Shards = Shards()
+) -> Float[Array, ""]:
     """d N sum_i f_i P_i, least (= d) when experts share the tokens evenly (Switch SAE, eq. 7).
 
     P_i is the mean router probability; the gradient flows through it alone.
     """
-    share = jax.lax.stop_gradient(expert_share(routing, count))
-    return width * share.shape[0] * jnp.vdot(share, routing.probs.mean(0))
+    share = jax.lax.stop_gradient(expert_share(routing, count, shards))
+    return width * share.shape[0] * jnp.vdot(share, shards.mean(routing.probs.mean(0)))

@@ -3,6 +3,10 @@
 All three scopes take a_[T, E, m] >= 0 and return `Codes`. A latent that is 0 never counts as
 active, never more than k survive, and a tie goes to the lower global id. The gradient reaches the
 winners only.
+
+With experts on several devices (`shards`), acts [R, E, m] are those of the R tokens that a device's
+experts see, 0 at experts that lie elsewhere, and so are the values of the codes; ids count a
+device's own latents.
 """
 
 import jax
@@ -10,10 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from scale_sae_jax.sae.codes import Codes
+from scale_sae_jax.sae.groups import Groups
+from scale_sae_jax.sae.shards import Shards
 
 GROUP = 32
 NARROW = 128  # rows of fewer than so many values a winner are not worth two stages
 THRESHOLD_DECAY = 0.9
+CHUNK_PAIRS = 512
 
 
 def latent_ids(experts: Int[Array, "T E"], size: int) -> Int[Array, "T W"]:
@@ -68,21 +75,94 @@ def batch_winners(acts: Float[Array, "T W"], k: int) -> Bool[Array, "T W"]:
     return jax.lax.cond(all_of_a_token, among_all, lambda: mark(places)) & (acts > 0)
 
 
+def batch_winners_of_all(
+    acts: Float[Array, "R W"], most: int | Int[Array, ""], shards: Shards
+) -> Bool[Array, "R W"]:
+    """Marks this device's part of the `most` largest values > 0 on all devices.
+
+    The smallest of them is found bit by bit, from counts alone. A tie goes to the device that comes
+    first in the mesh, then to the lower token and place.
+    """
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(acts), jnp.int32)
+
+    def narrow(i, least):
+        higher = least | (1 << (30 - i))  # acts >= 0, whose bits are in their order
+        enough = shards.total((bits >= higher).sum()) >= most
+        return jnp.where(enough, higher, least)
+
+    least = jax.lax.fori_loop(0, 31, narrow, jnp.int32(0))
+    above, ties = bits > least, bits == least
+    places = most - shards.total(above.sum()) - shards.before(ties.sum())
+    first = jnp.cumsum(ties.reshape(-1)).reshape(ties.shape) <= places
+    return (above | ties & first) & (acts > 0)
+
+
 def follow_threshold(
-    old: Float[Array, ""], values: Float[Array, "..."]
+    old: Float[Array, ""], values: Float[Array, "..."], shards: Shards = Shards()
 ) -> Float[Array, ""]:
     """Running mean of the smallest survivor, from the first batch with one on."""
-    new = jnp.min(jnp.where(values > 0, values, jnp.inf))
+    values = jax.lax.stop_gradient(values)
+    new = shards.least(jnp.min(jnp.where(values > 0, values, jnp.inf)))
     mean = jnp.where(old == 0, new, THRESHOLD_DECAY * old + (1 - THRESHOLD_DECAY) * new)
     return jax.lax.stop_gradient(jnp.where(jnp.isfinite(new), mean, old))
 
 
-def per_token(acts: Float[Array, "T E M"], experts: Int[Array, "T E"], k: int) -> Codes:
-    """The k largest latents over all selected experts of each token (Scale SAE, global top-k)."""
-    size = acts.shape[-1]
-    values, slots = top_k(acts.reshape(acts.shape[0], -1), k)
-    expert, latent = slots // size, slots % size
+def per_token(
+    acts: Float[Array, "R E M"],
+    experts: Int[Array, "R E"],
+    k: int,
+    groups: Groups | None = None,
+    shards: Shards = Shards(),
+) -> Codes:
+    """The k largest latents over all selected experts of each token (Scale SAE, global top-k).
+
+    Args:
+      groups: the pairs by expert; needed with experts on several devices.
+    """
+    size, flat = acts.shape[-1], acts.reshape(acts.shape[0], -1)
+    if shards.expert == 1:
+        values, places = top_k(flat, k)
+    else:
+        places = _winners_of_all(acts, k, groups, shards)
+        values = jnp.take_along_axis(flat, places, axis=-1, mode="fill", fill_value=0)
+    expert, latent = jnp.minimum(places // size, experts.shape[1] - 1), places % size
     return Codes(values, jnp.take_along_axis(experts, expert, axis=-1) * size + latent)
+
+
+def _winners_of_all(
+    acts: Float[Array, "R E M"], k: int, groups: Groups, shards: Shards
+) -> Int[Array, "R K"]:
+    """Places in E * m of the k largest values > 0 of each token; E * m where there are fewer.
+
+    The k largest of each expert, from the device that has it, go to the owner of the token, in the
+    order of the experts and by falling value: a tie goes to the lower place, as in `top_k`.
+    """
+    rows, active, size = acts.shape
+    kept = min(k, size)
+    values, latents = _largest(jax.lax.stop_gradient(acts).reshape(-1, size), kept, groups)
+    candidates = values, jnp.where(values > 0, latents, 0)
+    own = jax.tree.map(lambda a: a.reshape(rows, -1), candidates)
+    values, latents = shards.sum_to_owner(own)  # [T, E * kept]
+    winning, winners = jax.lax.top_k(values, k)
+    places = winners // kept * size + jnp.take_along_axis(latents, winners, axis=-1)
+    return shards.gather(jnp.where(winning > 0, places, active * size))
+
+
+def _largest(
+    acts: Float[Array, "P M"], k: int, groups: Groups
+) -> tuple[Float[Array, "P K"], Int[Array, "P K"]]:
+    """`top_k` of the pairs whose expert lies here, 0 for the others, which cost nothing."""
+    pairs = groups.pairs.size
+    chunk = min(CHUNK_PAIRS, pairs)
+    order = jnp.pad(groups.pairs, (0, -pairs % chunk), constant_values=pairs)
+
+    def body(i, found):
+        at = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+        largest = top_k(acts.at[at].get(mode="clip"), k)
+        return jax.tree.map(lambda f, new: f.at[at].set(new, mode="drop"), found, largest)
+
+    found = jnp.zeros((pairs, k), acts.dtype), jnp.zeros((pairs, k), jnp.int32)
+    return jax.lax.fori_loop(0, -(-groups.sizes.sum() // chunk), body, found)
 
 
 def per_expert(acts: Float[Array, "T E M"], experts: Int[Array, "T E"], k: int) -> Codes:
@@ -93,11 +173,16 @@ def per_expert(acts: Float[Array, "T E M"], experts: Int[Array, "T E"], k: int) 
     return Codes(values.reshape(tokens, k), ids.reshape(tokens, k))
 
 
-def per_batch(acts: Float[Array, "T E M"], experts: Int[Array, "T E"], k: int) -> Codes:
+def per_batch(
+    acts: Float[Array, "R E M"], experts: Int[Array, "R E"], k: int, shards: Shards = Shards()
+) -> Codes:
     """The k * T largest latents of the batch (BatchTopK, arXiv 2412.06410); K = E * m slots."""
     flat = acts.reshape(acts.shape[0], -1)
-    values = jnp.where(batch_winners(flat, k), flat, 0)
-    return Codes(values, latent_ids(experts, acts.shape[-1]))
+    if shards.data * shards.expert == 1:
+        winners = batch_winners(flat, k)
+    else:
+        winners = batch_winners_of_all(flat, k * flat.shape[0] * shards.data, shards)
+    return Codes(jnp.where(winners, flat, 0), latent_ids(experts, acts.shape[-1]))
 
 
 def over_threshold(
@@ -109,14 +194,17 @@ def over_threshold(
 
 
 def dead_codes(
-    acts: Float[Array, "T E M"], experts: Int[Array, "T E"], dead: Bool[Array, " L"], k: int
+    acts: Float[Array, "R E M"],
+    experts: Int[Array, "R E"],
+    dead: Bool[Array, " L"],
+    k: int,
+    groups: Groups,
+    shards: Shards = Shards(),
 ) -> Codes:
     """The k largest dead latents among the selected experts (AuxK, arXiv 2406.04093, appendix A.2).
 
     Latents of experts that a token does not use are not computed for it, so they cannot be revived
-    by it. `dead` [N * M] marks latents by global id.
+    by it. `dead` marks the latents of this device's experts.
     """
-    ids = latent_ids(experts, acts.shape[-1])
-    candidates = jnp.where(dead[ids], acts.reshape(ids.shape), 0)
-    values, slots = top_k(candidates, k)
-    return Codes(values, jnp.take_along_axis(ids, slots, axis=-1))
+    ids = latent_ids(experts, acts.shape[-1]).reshape(acts.shape)
+    return per_token(jnp.where(dead[ids], acts, 0), experts, k, groups, shards)

@@ -1,20 +1,26 @@
 """The training loop: batches in, one donated state through, records and checkpoints out."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from scale_sae_jax.activations.batches import batch_ids
 from scale_sae_jax.config import Config
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.parallel import processes
+from scale_sae_jax.parallel.experts import on_mesh
+from scale_sae_jax.parallel.mesh import EVERYWHERE, TOKENS, make_mesh
+from scale_sae_jax.sae.autoencoder import Autoencoder
 from scale_sae_jax.sae.registry import build
 from scale_sae_jax.training import metrics, state
 from scale_sae_jax.training.checkpoints import Checkpoints
@@ -35,8 +41,12 @@ class Activations(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a run ended: steps done, whether all of them, the last record, and the final state."""
+    """How a run ended: steps done, whether all of them, the last record, and the final state.
 
+    sae: the autoencoder, on the mesh where the state lies.
+    """
+
+    sae: Autoencoder
     step: int
     finished: bool
     last: dict[str, Any]
@@ -53,40 +63,54 @@ def train(
     """Trains until `config.steps` or until `stop` is set, from the newest checkpoint in `workdir`.
 
     The batch of a step is a pure function of (seed, step), so a resumed run takes the steps that
-    an uninterrupted one would take, bit for bit. Raises UserError when the loss or the gradient
-    is no longer finite; checkpoints before that step stay.
+    an uninterrupted one would take, bit for bit on the same mesh. Every process of a program calls
+    this alike; each reads its devices' rows, and one of them writes. Raises UserError when the loss
+    or the gradient is no longer finite; checkpoints before that step stay.
     """
     sae = build(config.sae, activations.d)
+    mesh = make_mesh(config.mesh, sae.experts)
+    if config.batch_size % mesh.size:
+        raise UserError(
+            f"config.batch_size = {config.batch_size} cannot be split over {mesh.size} devices: "
+            f"take {-(-config.batch_size // mesh.size) * mesh.size}, or a smaller config.mesh"
+        )
+    sae = on_mesh(sae, mesh)
     tx = optimiser(config.optim, sae.latents, config.steps, sae.config.decoder_norm)
     rate = schedule(config.optim, sae.latents, config.steps)
-    steps_fn = make_steps(sae, tx, rate, sae.config.dead_after)
-    mean = jnp.asarray(activations.mean)
+    layout = state.layout(sae, tx, config.optim, mesh)
+    everywhere = NamedSharding(mesh, EVERYWHERE)
+    steps_fn = make_steps(sae, tx, rate, sae.config.dead_after, (layout, everywhere))
+    mean = np.asarray(activations.mean)
 
     with Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
         start = checkpoints.latest
         if start is None:
-            first = activations.rows(batch_ids(config.seed, 0, config.batch_size, activations.n))
-            now = state.create(sae, tx, config.optim, config.seed, jnp.asarray(first))
+            create = partial(state.create, sae, tx, config.optim, config.seed)
+            first = _read_batches(config, activations, mesh, 0, 1, 1)
+            now = jax.jit(lambda x: create(x[0]), out_shardings=layout)(first)
         else:
-            now = checkpoints.restore(start, state.abstract(sae, tx, config.optim))
+            now = checkpoints.restore(start, state.abstract(sae, tx, config.optim, mesh))
         start = int(now.step)
-        kept = metrics.keep_until(workdir / "metrics.jsonl", start)
+        kept = metrics.keep_until(workdir / "metrics.jsonl", start) if processes.leads() else []
         last = kept[-1] if kept else {}
         clock = _Clock(start, last.get("seconds", 0.0), config.batch_size)
-        settings = dataclasses.asdict(config) if config.wandb else None
 
-        with metrics.MetricsWriter(workdir, start, settings) as writer:
-            batches = _read_ahead(config, activations, start)
+        with contextlib.ExitStack() as stack:
+            write = lambda record: None  # noqa: E731
+            if processes.leads():
+                settings = dataclasses.asdict(config) if config.wandb else None
+                write = stack.enter_context(metrics.MetricsWriter(workdir, start, settings)).write
+            batches = _read_ahead(config, activations, mesh, start)
             for step, n, x in batches:
                 now, values = steps_fn(now, x, n, mean)
                 finished = step == config.steps
-                stopping = stop.is_set()
+                stopping = processes.any_of(stop.is_set())
                 if step % config.log_every == 0 or step == 1 or finished or stopping:
                     _refuse_bad(now, checkpoints)
                     last = {"step": step, **clock.read(step)}
                     last |= {name: float(value) for name, value in values.items()}
                     if step % config.log_every == 0 or step == 1 or finished:
-                        writer.write(last)
+                        write(last)
                     show(last)
                 due = config.checkpoint_every and step % config.checkpoint_every == 0
                 if due or finished or stopping:
@@ -95,11 +119,32 @@ def train(
                 if stopping:
                     break
             batches.close()
-    return Summary(int(now.step), int(now.step) >= config.steps, last, now)
+    return Summary(sae, int(now.step), int(now.step) >= config.steps, last, now)
+
+
+def _read_batches(
+    config: Config, activations: Activations, mesh: Mesh, first: int, last: int, room: int
+) -> jax.Array:
+    """The batches [room, T, D] of steps first ... last - 1, split over the mesh; zeros after them.
+
+    Each process reads the rows of its own devices.
+    """
+    ids = [
+        batch_ids(config.seed, step, config.batch_size, activations.n)
+        for step in range(first, last)
+    ]
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        rows = [activations.rows(batch[index[1]]) for batch in ids]
+        return np.stack(rows + (room - len(rows)) * [np.zeros_like(rows[0])])
+
+    shape = (room, config.batch_size, activations.d)
+    where = NamedSharding(mesh, PartitionSpec(None, *TOKENS))
+    return jax.make_array_from_callback(shape, where, part)
 
 
 def _read_ahead(
-    config: Config, activations: Activations, start: int
+    config: Config, activations: Activations, mesh: Mesh, start: int
 ) -> Iterator[tuple[int, int, jax.Array]]:
     """(last step, n, batches [C, T, D]) for the remaining steps, n at a time.
 
@@ -107,12 +152,7 @@ def _read_ahead(
     """
 
     def read(first: int, last: int) -> jax.Array:
-        rows = [
-            activations.rows(batch_ids(config.seed, step, config.batch_size, activations.n))
-            for step in range(first, last)
-        ]
-        void = config.steps_per_call - len(rows)
-        return jax.device_put(np.stack(rows + void * [np.zeros_like(rows[0])]))
+        return _read_batches(config, activations, mesh, first, last, config.steps_per_call)
 
     calls = list(_calls(config, start))
     if not calls:

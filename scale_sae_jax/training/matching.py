@@ -6,6 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from scale_sae_jax.config import OptimConfig, SAEConfig
 from scale_sae_jax.sae import build
@@ -28,12 +29,13 @@ def equal_time_latents(config: SAEConfig, width: int, batch_size: int) -> int:
     Measures that step, then the dictionary's at the many-expert active and total widths, and once
     more between them; the time is taken as a power of the width. The result is a multiple of 64.
     """
+    batches = jax.random.normal(jax.random.key(0), (STEPS, batch_size, width))
     sizes = {name: getattr(config, name) for name in ("latents", "experts", "active", "k")}
-    goal = step_seconds(preset("paper", **sizes), width, batch_size)
+    goal = step_seconds(preset("paper", **sizes), batches)
 
     def seconds(latents: int) -> float:
         one = dataclasses.replace(config, latents=latents, experts=1, active=1, match="")
-        return step_seconds(one, width, batch_size)
+        return step_seconds(one, batches)
 
     def between(low: int, high: int) -> int:
         points = np.log([low, high])
@@ -55,15 +57,14 @@ def equal_time_latents(config: SAEConfig, width: int, batch_size: int) -> int:
     return between(*sorted((guess, other)))
 
 
-def step_seconds(config: SAEConfig, width: int, batch_size: int, calls: int = 3) -> float:
-    """Median seconds of a training step on noise."""
-    sae, optim = build(config, width), OptimConfig()
+def step_seconds(config: SAEConfig, batches: Float[Array, "C T D"], calls: int = 3) -> float:
+    """Median seconds of a training step on one device, C of them in a call, after a first call."""
+    sae, optim = build(config, batches.shape[2]), OptimConfig()
     tx = optimiser(optim, sae.latents, 1000, sae.config.decoder_norm)
     steps = make_steps(sae, tx, schedule(optim, sae.latents, 1000), sae.config.dead_after)
-    x = jax.random.normal(jax.random.key(0), (STEPS, batch_size, width))
-    now, times = state.create(sae, tx, optim, 0, x[0]), []
+    now, times = state.create(sae, tx, optim, 0, batches[0]), []
     for _ in range(calls + 1):
         begin = time.perf_counter()
-        now, _ = jax.block_until_ready(steps(now, x, STEPS, jnp.zeros(width)))
+        now, _ = jax.block_until_ready(steps(now, batches, len(batches), jnp.zeros(sae.width)))
         times.append(time.perf_counter() - begin)
-    return float(np.median(times[1:])) / STEPS
+    return float(np.median(times[1:])) / len(batches)

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from scale_sae_jax.config import OptimConfig
+from scale_sae_jax.parallel.mesh import EVERYWHERE, ON_EXPERTS, make_mesh, param_specs, placed
 from scale_sae_jax.sae.autoencoder import Autoencoder
 from scale_sae_jax.training import precision
 
@@ -32,10 +34,13 @@ def create(
     sae: Autoencoder,
     tx: optax.GradientTransformation,
     config: OptimConfig,
-    seed: int,
+    seed: int | Int[Array, ""],
     first_batch: Float[Array, "T D"] | None = None,
 ) -> TrainState:
-    """The state before the first step, in the dtypes that `config` keeps it in."""
+    """The state before the first step, in the dtypes that `config` keeps it in.
+
+    Call it in a `jax.jit` with `layout` as its out_shardings, so that no device holds all of it.
+    """
     params = sae.init(jax.random.key(seed), first_batch)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -47,10 +52,40 @@ def create(
     )
 
 
-def abstract(
-    sae: Autoencoder, tx: optax.GradientTransformation, config: OptimConfig
+def layout(
+    sae: Autoencoder, tx: optax.GradientTransformation, config: OptimConfig, mesh: Mesh
 ) -> TrainState:
-    """Shapes and dtypes of the state, for restoring; computes nothing."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: create(sae, tx, config, 0))
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
+    """Where each array of the state lies, as shardings."""
+    shapes, by_expert = _shapes(sae, tx, config), sae.module.by_expert
+    specs = TrainState(
+        step=EVERYWHERE,
+        params=param_specs(shapes.params, by_expert),
+        opt_state=param_specs(shapes.opt_state, by_expert),
+        since_fired=ON_EXPERTS if by_expert else EVERYWHERE,
+        fvu=EVERYWHERE,
+        bad_step=EVERYWHERE,
+    )
+    return placed(mesh, specs)
+
+
+def abstract(
+    sae: Autoencoder,
+    tx: optax.GradientTransformation,
+    config: OptimConfig,
+    mesh: Mesh | None = None,
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, for restoring; computes nothing.
+
+    Args:
+      mesh: where it is to lie; on the first device if not given.
+    """
+    mesh = mesh or make_mesh("data:1,expert:1", 1)
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+        _shapes(sae, tx, config),
+        layout(sae, tx, config, mesh),
+    )
+
+
+def _shapes(sae: Autoencoder, tx: optax.GradientTransformation, config: OptimConfig) -> TrainState:
+    return jax.eval_shape(lambda: create(sae, tx, config, 0))

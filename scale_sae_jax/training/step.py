@@ -21,12 +21,19 @@ FVU_DECAY = 0.98  # running mean over about 50 batches
 
 
 def make_steps(
-    sae: Autoencoder, tx: optax.GradientTransformation, rate: optax.Schedule, dead_after: int
+    sae: Autoencoder,
+    tx: optax.GradientTransformation,
+    rate: optax.Schedule,
+    dead_after: int,
+    shardings: tuple[Any, Any] | None = None,
 ) -> Callable[[TrainState, Array, Any, Array], tuple[TrainState, Metrics]]:
     """The jitted call (state, batches [C, T, D], n, mean [D]) -> (state, metrics of the last step).
 
     Takes a step on each of the first n >= 1 batches; n is not compiled in. The old state is
     donated.
+
+    Args:
+      shardings: of the new state and of the metrics; left to XLA if not given.
     """
     step = make_step(sae, tx, rate, dead_after)
 
@@ -39,7 +46,7 @@ def make_steps(
 
         return jax.lax.fori_loop(0, n, body, (state, metrics))
 
-    return jax.jit(steps, donate_argnums=0)
+    return jax.jit(steps, donate_argnums=0, out_shardings=shardings)
 
 
 def make_step(

@@ -1,0 +1,98 @@
+"""Several processes that run one program: how they find each other, and who writes.
+
+Every process calls everything alike; process 0 leads, which means that it alone writes files and
+talks to the user. Files are shared: all processes see the same folders.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from scale_sae_jax.errors import UserError
+
+HEARTBEAT_SECONDS = 30  # silence after which a process counts as lost
+MESSAGE_BYTES = 2048
+
+
+def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> bool:
+    """Joins the other processes of this program; returns whether there are any.
+
+    Args:
+      coordinator: HOST:PORT of process 0. Without it, the environment of a SLURM step or of a TPU
+        pod tells; without that either, there is one process.
+
+    Call it before anything that uses a device. Raises UserError for half an answer, or if the
+    others do not come within five minutes.
+    """
+    given = bool(coordinator), num_processes > 0, process_id >= 0
+    if any(given) and not all(given):
+        raise UserError(
+            "--coordinator=HOST:PORT, --num_processes and --process_id belong together: give all"
+        )
+    if all(given) and process_id >= num_processes:
+        raise UserError(f"--process_id={process_id} must lie below {num_processes} processes")
+    if not any(given) and not _in_a_cluster():
+        return False
+    where = {"coordinator_address": coordinator, "num_processes": num_processes,
+             "process_id": process_id} if any(given) else {}
+    try:
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"the processes do not find each other: {reason}; check --coordinator and that all "
+            f"{num_processes or ''} of them run"
+        ) from None
+    return jax.process_count() > 1
+
+
+def _in_a_cluster() -> bool:
+    """Whether this is a task of a SLURM step with several, or a TPU machine."""
+    tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in os.environ else "1"
+    return tasks != "1" or importlib.util.find_spec("libtpu") is not None
+
+
+def leads() -> bool:
+    """Whether this process writes and talks."""
+    return jax.process_index() == 0
+
+
+def any_of(flag: bool) -> bool:
+    """Whether `flag` is set in any process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def lead_alone(act: Callable[[], Any]) -> Any:
+    """`act()` in the leading process, while the others wait; returns its result there, else None.
+
+    A UserError is raised in all of them.
+    """
+    if jax.process_count() == 1:
+        return act()
+    result, message = None, ""
+    if leads():
+        try:
+            result = act()
+        except UserError as error:
+            message = str(error)
+    raw = np.zeros(MESSAGE_BYTES, np.uint8)
+    text = message.encode()[:MESSAGE_BYTES]
+    raw[: len(text)] = np.frombuffer(text, np.uint8)
+    told = bytes(np.asarray(multihost_utils.broadcast_one_to_all(raw))).rstrip(b"\0")
+    if told:
+        raise UserError(told.decode(errors="replace"))
+    return result
+
+
+def everywhere(tree: Any) -> Any:
+    """Arrays that are split over the processes, whole and on the host of each."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
