@@ -1,14 +1,11 @@
 """What all commands share: one-line errors, and settings from a file and flags."""
 
-import os
 import sys
 from collections.abc import Callable
 from logging import getLogger
 from pathlib import Path
 
-import jax
 from absl import app, flags, logging
-from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict, config_flags
 
 from scale_sae_jax.config import Config, to_config_dict
@@ -51,11 +48,8 @@ def start(
         # Of a damaged checkpoint, asyncio reports every read that fails beside the first.
         getLogger("asyncio").setLevel("CRITICAL")
         try:
-            several = processes_join and processes.join(
-                FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
-            )
-            if several:
-                _run_with_others(main)
+            if processes_join:
+                _join_and_run(main)
             else:
                 main()
         except UserError as error:
@@ -73,18 +67,22 @@ def _define_processes() -> None:
     flags.DEFINE_integer("process_id", -1, "Number of this one, from 0.")
 
 
-def _run_with_others(main: Callable[[], None]) -> None:
-    """`main`, ended at once when another process is lost: without it no step can be taken."""
+def _join_and_run(main: Callable[[], None]) -> None:
+    """`main`, with the other processes if there are any; without one of them none can go on."""
+    watch = processes.join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    if watch is None:
+        main()
+        return
     try:
         main()
-    except JaxRuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        print(
-            f"error: process {jax.process_index()} stops, for another process was lost or failed "
-            f"({reason}); start all of them again: they resume from the last checkpoint",
-            file=sys.stderr, flush=True,
-        )
-        os._exit(3)  # a regular exit would wait for the lost one
+    except (UserError, SystemExit):
+        watch.leave()
+        raise
+    except Exception as error:
+        if not processes.lost(error):
+            raise
+        watch.lost(f" or a device failed ({str(error).strip().splitlines()[0][:200]})")
+    watch.leave()
 
 
 def fail(message: str) -> None:

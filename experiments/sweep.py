@@ -5,7 +5,8 @@
 Every cell is the folder of a run, DIR/CELL. Finished cells are skipped, a cell that fails is told
 and left (its traceback in DIR/CELL/error.txt), and the same command again goes on. To evaluate a
 finished cell anew, delete its cell.json. DIR/results.csv and .parquet hold a row for each finished
-cell of the grid, with the command that runs it alone.
+cell of the grid, with the command that runs it alone. Several processes can run it as one program,
+as experiments.train.
 
 Exit status: 0 done or stopped, 1 if a cell failed, 2 for a user's mistake.
 """
@@ -22,6 +23,8 @@ from experiments import command_line
 from experiments.console import Bars
 from scale_sae_jax import sweep
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.parallel import processes
+from scale_sae_jax.run import Console
 from scale_sae_jax.training.interrupts import Interrupted, stop_requests
 
 FLAGS = flags.FLAGS
@@ -47,28 +50,36 @@ def run_cells(
     width = max(len(cell.name) for cell in chosen)
     keys = [sweep.inputs_key(cell.config) for cell in chosen]
     failed, shared = [], {}
-    sweep.write_results(grid, workdir, command)
+    processes.lead_alone(lambda: sweep.write_results(grid, workdir, command))
     for number, cell in enumerate(chosen, 1):
         results = sweep.finished(cell, workdir)
         if results is None:
-            if stop.is_set():
+            if processes.any_of(stop.is_set()):
                 raise Interrupted(f"sweep stopped before cell {cell.name}")
-            bars = Bars(f"{number}/{len(chosen)} {cell.name}: ")
+            label = f"{number}/{len(chosen)} {cell.name}: "
+            bars = Bars(label) if processes.leads() else Console()
             try:
                 results = sweep.run_cell(cell, workdir, stop, bars, shared)
             except Interrupted as stopped:
                 raise Interrupted(f"{cell.name}: {stopped}") from None
             except Exception as error:  # one cell's: the others may do better
+                if processes.lost(error):
+                    raise
                 failed.append(cell.name)
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                print(f"{cell.name:<{width}}  failed: {kind}{shorten(str(error), 400)}", flush=True)
+                say(f"{cell.name:<{width}}  failed: {kind}{shorten(str(error), 400)}")
             finally:
                 bars.close()
-            sweep.write_results(grid, workdir, command)
+            processes.lead_alone(lambda: sweep.write_results(grid, workdir, command))
         if results is not None:
-            print(f"{cell.name:<{width}}  {summary(results)}", flush=True)
+            say(f"{cell.name:<{width}}  {summary(results)}")
         shared = {key: inputs for key, inputs in shared.items() if key in keys[number:]}
     return failed
+
+
+def say(line: str) -> None:
+    if processes.leads():
+        print(line, flush=True)
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -104,13 +115,13 @@ def main() -> None:
         with stop_requests() as stop:
             failed = run_cells(chosen, grid, workdir, stop, command)
     except Interrupted as stopped:
-        print(f"{stopped}; the same command goes on from there ({workdir})")
+        say(f"{stopped}; the same command goes on from there ({workdir})")
         return
-    print(f"{len(chosen) - len(failed)} of {len(chosen)} cells finished: {workdir}/results.csv")
+    say(f"{len(chosen) - len(failed)} of {len(chosen)} cells finished: {workdir}/results.csv")
     if failed:
         print(f"error: failed: {', '.join(failed)} (see {workdir}/CELL/error.txt)", file=sys.stderr)
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    command_line.start(main, define)
+    command_line.start(main, define, processes_join=True)

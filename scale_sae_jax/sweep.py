@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from scale_sae_jax import workdir as folders
 from scale_sae_jax.config import Config, from_config_dict
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.parallel import processes
 from scale_sae_jax.run import (
     Console,
     Heldout,
@@ -199,12 +200,17 @@ def run_cell(
     except Interrupted:
         raise
     except Exception:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text(traceback.format_exc())
+        if processes.leads():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "error.txt").write_text(traceback.format_exc())
         raise
-    record = {"config": dataclasses.asdict(config), "results": results}
-    folders.write_json(folder / "cell.json", record)
-    (folder / "error.txt").unlink(missing_ok=True)
+
+    def finish() -> None:
+        record = {"config": dataclasses.asdict(config), "results": results}
+        folders.write_json(folder / "cell.json", record)
+        (folder / "error.txt").unlink(missing_ok=True)
+
+    processes.lead_alone(finish)
     return results
 
 

@@ -6,21 +6,26 @@ talks to the user. Files are shared: all processes see the same folders.
 
 import importlib.util
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.parallel.watch import Watch
 
 HEARTBEAT_SECONDS = 30  # silence after which a process counts as lost
 MESSAGE_BYTES = 2048
 
 
-def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> bool:
-    """Joins the other processes of this program; returns whether there are any.
+def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> Watch | None:
+    """Joins the other processes of this program, if there are any, and watches over them.
+
+    Returns the watch, to be told when this process ends as it should.
 
     Args:
       coordinator: HOST:PORT of process 0. Without it, the environment of a SLURM step or of a TPU
@@ -37,7 +42,7 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     if all(given) and process_id >= num_processes:
         raise UserError(f"--process_id={process_id} must lie below {num_processes} processes")
     if not any(given) and not _in_a_cluster():
-        return False
+        return None
     where = {"coordinator_address": coordinator, "num_processes": num_processes,
              "process_id": process_id} if any(given) else {}
     try:
@@ -48,13 +53,29 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
             f"the processes do not find each other: {reason}; check --coordinator and that all "
             f"{num_processes or ''} of them run"
         ) from None
-    return jax.process_count() > 1
+    if jax.process_count() == 1:
+        return None
+    watch = Watch(jax.process_index())
+    port = watch.expect(jax.process_count() - 1) if leads() else 0
+    host = _said_by_lead(coordinator.rpartition(":")[0] or socket.gethostname())
+    port = int(_said_by_lead(str(port)))
+    if not leads():
+        try:
+            watch.connect(host, port)
+        except OSError:  # closed between machines: the heartbeat has to do
+            pass
+    return watch
 
 
 def _in_a_cluster() -> bool:
     """Whether this is a task of a SLURM step with several, or a TPU machine."""
     tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in os.environ else "1"
     return tasks != "1" or importlib.util.find_spec("libtpu") is not None
+
+
+def lost(error: Exception) -> bool:
+    """Whether an error may mean that another process is gone, so that no more can be done."""
+    return jax.process_count() > 1 and isinstance(error, JaxRuntimeError)
 
 
 def leads() -> bool:
@@ -82,13 +103,19 @@ def lead_alone(act: Callable[[], Any]) -> Any:
             result = act()
         except UserError as error:
             message = str(error)
-    raw = np.zeros(MESSAGE_BYTES, np.uint8)
-    text = message.encode()[:MESSAGE_BYTES]
-    raw[: len(text)] = np.frombuffer(text, np.uint8)
-    told = bytes(np.asarray(multihost_utils.broadcast_one_to_all(raw))).rstrip(b"\0")
+    told = _said_by_lead(message)
     if told:
-        raise UserError(told.decode(errors="replace"))
+        raise UserError(told)
     return result
+
+
+def _said_by_lead(text: str) -> str:
+    """The text of the leading process, in all."""
+    raw = np.zeros(MESSAGE_BYTES, np.uint8)
+    encoded = text.encode()[:MESSAGE_BYTES]
+    raw[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    told = bytes(np.asarray(multihost_utils.broadcast_one_to_all(raw)).astype(np.uint8))
+    return told.rstrip(b"\0").decode(errors="replace")
 
 
 def everywhere(tree: Any) -> Any:

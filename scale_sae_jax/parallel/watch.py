@@ -1,0 +1,76 @@
+"""Notices at once that another process of the program is gone, and ends this one.
+
+Each process holds a connection to the leading one, over which nothing is said but a farewell. The
+system closes the connections of a process that dies; whoever sees one close without farewell ends
+itself, the leading process too, so that all the others follow. A process that hangs without
+dying is noticed by the heartbeat of `jax.distributed` instead.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from threading import Event, Thread
+
+FAREWELL = b"."
+EXIT_STATUS = 3
+
+
+class Watch:
+    """Connections to other processes, each read by a thread of its own."""
+
+    def __init__(self, number: int, end: Callable[[int], None] = os._exit):
+        self._number, self._end = number, end
+        self._connections, self._leaving = [], Event()
+
+    def expect(self, others: int) -> int:
+        """In the leading process: takes a connection from each of the others; returns the port."""
+        server = socket.create_server(("", 0), backlog=others)
+
+        def accept() -> None:
+            for _ in range(others):
+                self._read(server.accept()[0])
+            server.close()
+
+        Thread(target=accept, daemon=True).start()
+        return server.getsockname()[1]
+
+    def connect(self, host: str, port: int) -> None:
+        """In another process. Raises OSError if the leading process cannot be reached."""
+        self._read(socket.create_connection((host, port), timeout=30))
+
+    def leave(self) -> None:
+        """Says farewell: this process ends as it should."""
+        self._leaving.set()
+        for connection in self._connections:
+            try:
+                connection.sendall(FAREWELL)
+            except OSError:  # it has left before
+                pass
+
+    def _read(self, connection: socket.socket) -> None:
+        connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._connections.append(connection)
+
+        def read() -> None:
+            try:
+                last = connection.recv(1)
+            except OSError:
+                last = b""
+            if last != FAREWELL and not self._leaving.is_set():
+                self.lost()
+
+        Thread(target=read, daemon=True).start()
+
+    def lost(self, details: str = "") -> None:
+        """Ends this process at once: a regular exit would wait for the lost one."""
+        print(
+            f"\nerror: process {self._number} stops, for another process was lost{details}; start "
+            "all of them again: they resume from the last checkpoint",
+            file=sys.stderr, flush=True,
+        )
+        self._end(EXIT_STATUS)

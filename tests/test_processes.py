@@ -1,0 +1,131 @@
+"""Real processes on one machine: they train together, die together, and resume."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import scale_sae_jax
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.parallel import processes
+from scale_sae_jax.training.metrics import read_lines
+
+ROOT = Path(__file__).parent.parent
+STEPS = 60
+SETTINGS = ("batch_size=64", "log_every=10", "checkpoint_every=20", "optim.lr=1e-3",
+            "eval.tokens=512", "eval.bootstrap=20", "text.heldout_fraction=0.25")
+
+
+@pytest.fixture(scope="module")
+def array(tmp_path_factory):
+    """Sums of three of 24 directions."""
+    rng = np.random.default_rng(0)
+    features, chosen = rng.normal(size=(24, 16)), rng.random((4096, 24)).argsort(1)[:, :3]
+    x = (features[chosen] * rng.uniform(1, 2, (4096, 3, 1))).sum(1) + 1
+    path = tmp_path_factory.mktemp("array") / "x.npy"
+    np.save(path, x.astype(np.float32))
+    return path
+
+
+def launch(array, workdir, count, devices, steps=STEPS):
+    """The processes of one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = f"configs/array.py:path={array},experts=8,latents=64,l0=4"
+    command = [sys.executable, "-m", "experiments.train", f"--config={config}",
+               f"--workdir={workdir}", *(f"--config.{setting}" for setting in SETTINGS),
+               f"--config.steps={steps}"]
+    together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"] * (count > 1)
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu",
+                        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return [
+        subprocess.Popen(
+            [*command, *together, *[f"--process_id={number}"] * (count > 1)], cwd=ROOT, env=env,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in range(count)
+    ]
+
+
+def finish(running):
+    """(exit status, stdout, stderr) of each."""
+    ends = [process.communicate(timeout=280) for process in running]
+    return [(p.returncode, *end) for p, end in zip(running, ends, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(array, tmp_path_factory):
+    """The parameters that one process on one device ends with."""
+    folder = tmp_path_factory.mktemp("alone")
+    ((code, _, err),) = finish(launch(array, folder, 1, 1))
+    assert code == 0, err
+    return scale_sae_jax.load(folder)[1]
+
+
+@pytest.mark.parametrize(("count", "devices", "lost"), [(2, 2, 1), (4, 1, 0)])
+def test_a_lost_process_ends_the_others_and_all_resume(
+    count, devices, lost, array, alone, tmp_path
+):
+    running = launch(array, tmp_path, count, devices)
+    until = time.monotonic() + 200
+    while not any(line["step"] >= 30 for line in read_lines(tmp_path / "metrics.jsonl")):
+        assert all(p.poll() is None for p in running), finish(running)
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    running[lost].kill()
+    killed = time.monotonic()
+    ends = finish(running)
+    assert time.monotonic() - killed < 60
+    for number, (code, out, err) in enumerate(ends):
+        if number != lost:
+            assert code == 3 and "another process was lost" in err, (code, err)
+            assert "Traceback" not in err and "resume from the last checkpoint" in err
+            assert "run:" not in out
+    # The newest checkpoint is 20; a complete run follows, and only its lead speaks.
+    ends = finish(launch(array, tmp_path, count, devices))
+    assert [code for code, *_ in ends] == [0] * count, ends
+    assert ["FVU" in out for _, out, _ in ends] == [True] + [False] * (count - 1)
+    steps = [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert steps == [1, 10, 20, 30, 40, 50, 60]
+    _, params = scale_sae_jax.load(tmp_path)
+    for name, value in alone.items():
+        assert np.abs(params[name] - value).max() < 1e-5 * max(np.abs(value).max(), 1e-3), name
+
+
+def test_a_users_mistake_is_told_by_every_process(array, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "config.json").write_text("{")
+    ends = finish(launch(array, tmp_path, 2, 1))
+    for code, _, err in ends:
+        assert code == 2 and "config.json is not valid JSON" in err, err
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(coordinator="127.0.0.1:1"), "belong together"),
+        (dict(num_processes=2, process_id=0), "belong together"),
+        (dict(coordinator="127.0.0.1:1", num_processes=2, process_id=2), "must lie below 2"),
+    ],
+)
+def test_half_an_answer_is_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        processes.join(**flags)
+
+
+def test_one_process_asks_nobody():
+    assert processes.leads() and processes.any_of(True) and not processes.any_of(False)
+    assert processes.lead_alone(lambda: 5) == 5
+    with pytest.raises(UserError, match="no"):
+        processes.lead_alone(_refuse)
+
+
+def _refuse():
+    raise UserError("no")
