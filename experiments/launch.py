@@ -81,7 +81,7 @@ def slurm(words: Command) -> str:
         f"#SBATCH --gpus-per-node={FLAGS.gpus_per_node}",
         f"#SBATCH --time={FLAGS.time}",
         *partition,
-        "# Two minutes before the end each process saves and stops; requeued, it goes on.",
+        "# Two minutes before its end the run saves and stops; submitted again, it goes on.",
         "#SBATCH --signal=TERM@120",
         "#SBATCH --requeue",
         f"srun --kill-on-bad-exit=1 {shlex.join(['python', '-m', *words])}",

@@ -63,13 +63,15 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ActivationsConfig:
-    """The store of activations on disk, or an array to train on.
+    """The store of activations on disk, an array to train on, or a buffer on devices.
 
     path: store folder ('' = WORKDIR/activations), or a .npy array [n, d] to train on directly.
     tokens: activations to harvest; 0 = steps * batch_size. dtype: 'bfloat16' or 'float32' on disk.
     mask_padding, drop_position_0, drop_special: which positions are left out.
     max_norm_ratio: leave out activations with a norm over so many times the median; 0 keeps all.
     shard_rows: activations in a shard, the unit of shuffling and of resuming a harvest.
+    buffer: batches that the model makes at a time while training, and that are shuffled together;
+        nothing is stored then (activations/stream.py). 0 = harvest into the store first.
     """
 
     path: str = ""
@@ -80,6 +82,7 @@ class ActivationsConfig:
     drop_special: bool = True
     max_norm_ratio: float = 10.0
     shard_rows: int = 262_144
+    buffer: int = 0
 
     @property
     def is_array(self) -> bool:
@@ -411,6 +414,12 @@ def _check_sources(config: Config) -> None:
         text.heldout_path != "" or 0 < text.heldout_fraction < 1,
         f"config.text.heldout_fraction = {text.heldout_fraction} must lie between 0 and 1, "
         "or give config.text.heldout_path",
+    )
+    _require(activations.buffer >= 0, "config.activations.buffer must not be negative")
+    _require(
+        not (activations.buffer and activations.path),
+        f"config.activations.path = '{activations.path}' is a store, and config.activations.buffer "
+        "trains without one: leave one out",
     )
     _require(activations.tokens >= 0, "config.activations.tokens must not be negative")
     _require(activations.shard_rows > 0, "config.activations.shard_rows must be at least 1")

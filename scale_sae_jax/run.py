@@ -15,6 +15,7 @@ from scale_sae_jax import workdir as folders
 from scale_sae_jax.activations.array import ActivationArray, open_array
 from scale_sae_jax.activations.harvest import harvest
 from scale_sae_jax.activations.store import ActivationStore, open_store
+from scale_sae_jax.activations.stream import ActivationStream
 from scale_sae_jax.activations.synthetic import (
     SyntheticActivations,
     check_synthetic,
@@ -29,6 +30,7 @@ from scale_sae_jax.evaluation.heldout import array_batches, text_batches
 from scale_sae_jax.lm import LanguageModel, inspect_language_model, load_language_model
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.parallel.experts import on_mesh
+from scale_sae_jax.parallel.mesh import make_mesh
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.sae.registry import build
 from scale_sae_jax.text.sources import check_text
@@ -45,9 +47,9 @@ PCA_ROWS = 65_536
 
 @dataclass(frozen=True)
 class Sources:
-    """Where activations come from: a store and its language model, or two parts of one source."""
+    """Where activations come from: a language model and what it fills, or parts of one source."""
 
-    train: ActivationStore | ActivationArray | SyntheticActivations
+    train: ActivationStore | ActivationStream | ActivationArray | SyntheticActivations
     heldout: ActivationArray | SyntheticActivations | None
     lm: LanguageModel | None
 
@@ -103,6 +105,9 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
     if config.activations.is_array:
         return Sources(*open_array(config.activations.path, config.text.heldout_fraction), None)
     lm = load_language_model(config.lm)
+    if config.activations.buffer:
+        mesh = make_mesh(config.mesh, 1 if config.sae.match else config.sae.experts)
+        return Sources(ActivationStream(lm, config, mesh), None, lm)
     path = Path(config.activations.path or workdir / "activations")
 
     def progress(done: int, total: int) -> None:

@@ -149,7 +149,7 @@ def content_settings(
         "heldout_source": sources.identity(heldout) if heldout.path else {},
         "lm": fields(lm_config, "path", "tokenizer"),
         "text": fields(text_config, "path", "heldout_path"),
-        "activations": fields(activations_config, "path"),
+        "activations": fields(activations_config, "path", "buffer"),
     }
 
 

@@ -39,6 +39,13 @@ class Activations(Protocol):
     def rows(self, ids: np.ndarray) -> np.ndarray: ...
 
 
+@runtime_checkable
+class OnDevices(Protocol):
+    """Activations that are made where they are used: batches [room, T, D] on the mesh."""
+
+    def batches(self, first: int, last: int, room: int) -> jax.Array: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """How a run ended: steps done, whether all of them, the last record, and the final state.
@@ -129,6 +136,8 @@ def _read_batches(
 
     Each process reads the rows of its own devices.
     """
+    if isinstance(activations, OnDevices):
+        return activations.batches(first, last, room)
     ids = [
         batch_ids(config.seed, step, config.batch_size, activations.n)
         for step in range(first, last)
@@ -149,12 +158,16 @@ def _read_ahead(
     """(last step, n, batches [C, T, D]) for the remaining steps, n at a time.
 
     The batches of the next call are read while the device computes; those after the n-th are void.
+    Programs that make batches on devices are started in the order of the calls.
     """
 
     def read(first: int, last: int) -> jax.Array:
         return _read_batches(config, activations, mesh, first, last, config.steps_per_call)
 
     calls = list(_calls(config, start))
+    if isinstance(activations, OnDevices):
+        yield from ((last, last - first, read(first, last)) for first, last in calls)
+        return
     if not calls:
         return
     with ThreadPoolExecutor(max_workers=1) as reader:

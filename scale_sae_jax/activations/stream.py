@@ -1,0 +1,177 @@
+"""Activations made as they are trained on: from the language model to the autoencoder on devices.
+
+Training takes its batches from a buffer of `config.activations.buffer` batches. The model fills it
+from the next rows of text; each device shuffles the activations of its own rows, and gives batches
+until the buffer is used up. What a buffer holds is a pure function of the text, the seed and its
+number, so a resumed run goes on with the same batches, on the same mesh. Nothing is written, and no
+activation passes through a host; tokens that the masks leave out are never trained on.
+"""
+
+from collections.abc import Iterator
+from itertools import chain, islice, repeat
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float32, Int64, UInt64
+
+from scale_sae_jax.activations.forward import ReadableModel
+from scale_sae_jax.activations.masks import keep, token_flags
+from scale_sae_jax.config import Config
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.parallel import processes
+from scale_sae_jax.parallel.mesh import EVERYWHERE, TOKENS
+from scale_sae_jax.sae.shards import DATA, EXPERT
+from scale_sae_jax.text.packing import TokenRows, pack, row_batches
+from scale_sae_jax.text.splits import document_hash, training_documents
+
+SPARE = 1.1  # rows for so many times the activations that a buffer needs
+BATCHES = PartitionSpec(None, *TOKENS)
+
+
+class ActivationStream:
+    """The output of one block of a model on endless passes over the training text.
+
+    mean, median_norm: of the kept activations of the first buffer, which later ones are held
+    against. n: activations that one run takes, counted as `batch_size * steps`. d: their width.
+    """
+
+    def __init__(self, lm: ReadableModel, config: Config, mesh: Mesh):
+        self._lm, self._config, self._mesh = lm, config, mesh
+        self._params = jax.device_put(lm.params, NamedSharding(mesh, EVERYWHERE))
+        self._rows_per_call = -(-config.lm.rows_per_batch // mesh.size) * mesh.size
+        wanted = SPARE * config.activations.buffer * config.batch_size / (config.text.context - 1)
+        self._calls = -(-int(np.ceil(wanted)) // self._rows_per_call)
+        self._run, self._mix = jax.jit(self._forward), self._make_mix()
+        self._number, self._buffer = -1, None
+        self._rows: Iterator[TokenRows] = iter(())
+        self.median_norm, self.mean = self._statistics()
+        self.d, self.n = len(self.mean), config.batch_size * config.steps
+
+    @property
+    def identity(self) -> str:
+        """What the activations come from."""
+        return self._lm.sha256
+
+    def documents(self) -> UInt64[np.ndarray, " H"]:
+        """Sorted hashes of all documents that may be trained on."""
+        hashes = (document_hash(d.text) for d in training_documents(self._config.text))
+        return np.unique(np.fromiter(hashes, np.uint64))
+
+    def batches(self, first: int, last: int, room: int) -> Float32[Array, "C T D"]:
+        """The batches of steps first ... last - 1 on the mesh; the rest of `room` is void."""
+        size = self._config.activations.buffer
+        steps = [min(step, last - 1) for step in range(first, first + room)]
+        places = np.array([step % size for step in steps], np.int32)
+        return _stack([self._buffer_of(step // size) for step in steps], places)
+
+    def rows(self, ids: Int64[np.ndarray, " T"]) -> Float32[np.ndarray, "T D"]:
+        """A sample of as many rows as there are ids, from the first buffer: for principal axes."""
+        flat = processes.everywhere(self._fill(0)).reshape(-1, self.d)
+        return flat[ids % len(flat)]
+
+    def _forward(
+        self, params: Any, tokens: Array, segments: Array, allowed: Array, limit: Array
+    ) -> tuple[Array, Array, Array]:
+        """Hidden states [R, S, D], which are kept, and their norms [R, S]."""
+        layer, dtype = self._config.lm.layer, self._config.activations.dtype
+        hidden = self._lm.run_to(params, tokens, segments, layer).astype(dtype)
+        norms = jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1)
+        return hidden, allowed & ~(norms > limit), norms
+
+    def _calls_of(self, number: int, limit: float) -> Iterator[tuple[Array, Array, Array]]:
+        """The model on the rows of buffer `number`; goes on in the text if it is the next one."""
+        if number != self._number + 1 or number == 0:
+            self._rows = islice(self._endless_rows(), number * self._calls, None)
+        by_row = NamedSharding(self._mesh, TOKENS)
+        special = self._lm.tokenizer.special_ids
+        for rows in islice(self._rows, self._calls):
+            flags = token_flags(rows.tokens, rows.segments, special)
+            inputs = rows.tokens, rows.segments, keep(flags, self._config.activations)
+            yield self._run(self._params, *jax.device_put(inputs, by_row), np.float32(limit))
+        self._number = number
+
+    def _endless_rows(self) -> Iterator[TokenRows]:
+        text, tokenizer = self._config.text, self._lm.tokenizer
+
+        def one_pass() -> Iterator[TokenRows]:
+            documents = training_documents(text)
+            rows = pack(documents, tokenizer, text.context, text.packing, text.bos)
+            return row_batches(rows, self._rows_per_call)
+
+        if next(one_pass(), None) is None:
+            raise UserError(f"{text.path} has no document to train on: give more text")
+        return chain.from_iterable(one_pass() for _ in repeat(None))
+
+    def _statistics(self) -> tuple[float, Float32[np.ndarray, " D"]]:
+        """Median norm of the first buffer's activations, and mean of those that are no outliers."""
+        results = list(self._calls_of(0, np.inf))
+        kept = np.concatenate([processes.everywhere(r[1]) for r in results])
+        norms = np.concatenate([processes.everywhere(r[2]) for r in results])
+        if not kept.any():
+            raise UserError(
+                "no activation is left after the masks: give more text with --config.text.path, "
+                "or raise --config.text.context"
+            )
+        if not np.isfinite(norms[kept]).all():
+            raise UserError("the language model gives NaN or infinity at config.lm.layer: check "
+                            "its weights, or take --config.lm.dtype=float32")
+        median = float(np.median(norms[kept]))
+        ratio = self._config.activations.max_norm_ratio
+        self._limit = ratio * median if ratio else np.inf
+
+        def add(hidden: Array, kept: Array, norms: Array) -> tuple[Array, Array]:
+            inside = kept & (norms <= self._limit)
+            return jnp.where(inside[..., None], hidden, 0).astype(jnp.float32).sum((0, 1)), \
+                inside.sum()
+
+        sums = [processes.everywhere(jax.jit(add)(*result)) for result in results]
+        total, count = (np.sum(part, axis=0, dtype=np.float64) for part in zip(*sums, strict=True))
+        return median, (total / count).astype(np.float32)
+
+    def _buffer_of(self, number: int) -> Float32[Array, "B T D"]:
+        """The batches of buffer `number`; the one used last is kept."""
+        if self._buffer is None or self._buffer[0] != number:
+            self._buffer = None
+            self._buffer = number, self._fill(number)
+        return self._buffer[1]
+
+    def _fill(self, number: int) -> Float32[Array, "B T D"]:
+        results = list(self._calls_of(number, self._limit))
+        hidden, kept = ([r[place] for r in results] for place in (0, 1))
+        key = jax.random.fold_in(jax.random.key(self._config.seed), number)
+        mixed, fewest = self._mix(hidden, kept, key)
+        if int(fewest) == 0:
+            raise UserError(
+                f"buffer {number} of activations leaves a device without one: raise "
+                "--config.activations.buffer or --config.lm.rows_per_batch"
+            )
+        return mixed
+
+    def _make_mix(self) -> Any:
+        """Jitted (hidden, kept, key) -> batches [B, T, D], and the least kept on any device."""
+        batches = self._config.activations.buffer
+        own = self._config.batch_size // self._mesh.size
+
+        def on_device(hidden: list[Array], kept: list[Array], key: Array) -> tuple[Array, Array]:
+            flat = jnp.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])
+            inside = jnp.concatenate([k.reshape(-1) for k in kept])
+            key = jax.random.fold_in(key, jax.lax.axis_index((DATA, EXPERT)))
+            order = jnp.where(inside, jax.random.uniform(key, inside.shape), 2.0).argsort()
+            count = inside.sum()
+            taken = order[jnp.arange(batches * own) % jnp.maximum(count, 1)]
+            x = flat[taken].astype(jnp.float32).reshape(batches, own, -1)
+            return x, jax.lax.pmin(count, (DATA, EXPERT))
+
+        return jax.jit(jax.shard_map(
+            on_device, mesh=self._mesh, in_specs=(TOKENS, TOKENS, EVERYWHERE),
+            out_specs=(BATCHES, EVERYWHERE), check_vma=False,
+        ))
+
+
+@jax.jit
+def _stack(buffers: list[Array], places: Array) -> Array:
+    """One batch of each buffer."""
+    return jnp.stack([buffer[place] for buffer, place in zip(buffers, places, strict=True)])

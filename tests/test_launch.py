@@ -1,0 +1,158 @@
+"""What is planned and launched, and connections that notice a lost process."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from scale_sae_jax.config import OptimConfig, SAEConfig
+from scale_sae_jax.parallel.plan import plan
+from scale_sae_jax.parallel.watch import Watch
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def call(module, *args):
+    """(exit status, stdout, stderr) of a command."""
+    command = [sys.executable, "-m", module, *args]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=280, env=ENVIRONMENT
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+TRAIN = "experiments.train --config=configs/owt.py:l0=32 --workdir='runs/a b'"
+
+
+def test_local_commands_are_one_program():
+    _, out, _ = call("experiments.launch", "--on=local", "--processes=3", f"--command={TRAIN}")
+    lines = [shlex.split(line) for line in out.splitlines()]
+    assert [line[-1] for line in lines] == [f"--process_id={i}" for i in range(3)]
+    assert len({line[-3] for line in lines}) == 1 and lines[0][-3].startswith("--coordinator=")
+    assert all(line[:3] == ["python", "-m", "experiments.train"] for line in lines)
+    assert all("--workdir=runs/a b" in line for line in lines)
+
+
+def test_slurm_and_tpu_commands():
+    _, out, _ = call(
+        "experiments.launch", "--on=slurm", "--nodes=4", "--gpus_per_node=2", "--partition=gpu",
+        f"--command={TRAIN}",
+    )
+    assert out.startswith("#!/bin/bash\n") and "--ntasks-per-node=2\n" in out
+    assert "#SBATCH --nodes=4\n" in out and "#SBATCH --partition=gpu\n" in out
+    srun = shlex.split(out.splitlines()[-1])
+    assert srun[0] == "srun" and srun[-1] == "--workdir=runs/a b"
+    _, out, _ = call(
+        "experiments.launch", "--on=tpu", "--zone=z", "--type=v5litepod-256", "--spot",
+        f"--command={TRAIN}",
+    )
+    create, ssh = map(shlex.split, out.splitlines())
+    assert "--accelerator-type=v5litepod-256" in create and "--spot" in create
+    inner = shlex.split(ssh[-1].removeprefix("--command="))
+    assert "--worker=all" in ssh and inner[-1] == "--workdir=runs/a b"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--on=local", "--command=rm -rf x"], "must begin with one of experiments.train"),
+        (["--on=local", "--command=experiments.train"], "has no --workdir"),
+        (["--on=local", "--command='"], "quote"),
+        (["--on=tpu", f"--command={TRAIN}"], "--zone is missing"),
+        (["--on=tpu", "--zone=z", "--go", f"--command={TRAIN}"], "gcloud is not installed"),
+    ],
+)
+def test_what_cannot_be_launched_is_told_in_a_line(flags, message):
+    code, _, err = call("experiments.launch", *flags)
+    assert code == 2 and message in err
+
+
+OWT = "--config=configs/owt.py:l0=32"
+
+
+def test_plan_of_a_mesh_and_what_to_change():
+    code, out, _ = call("experiments.plan", OWT, "--d=768", "--mesh=data:4,expert:2")
+    assert code == 0 and "8 devices, 32 of 64 experts and 1,024 of 8,192" in out and "fits" in out
+    code, out, _ = call("experiments.plan", OWT, "--d=768", "--devices=1", "--memory_gb=0.9")
+    assert code == 1 and "does not fit" in out
+    assert "fits with --config.mesh=data:1,expert:4" in out
+    for flags, message in (
+        (["--d=768"], "add --devices=N"),
+        (["--d=768", "--mesh=expert:3"], "take expert:1"),
+        (["--d=768", "--mesh=data:3"], "cannot be split over 3 devices: take 8193"),
+    ):
+        code, _, err = call("experiments.plan", OWT, *flags)
+        assert code == 2 and message in err
+
+
+def test_plan_of_the_state_by_hand():
+    """N m d numbers each of encoder and decoder, twice again as moments, over `expert`."""
+    config = SAEConfig(latents=24_576, experts=64, active=2, k=32, auxk=False)
+    whole = plan(config, OptimConfig(), 768, 4096, 1, {"data": 1, "expert": 1})
+    assert whole.received == 0 and whole.flops == 4096 * (10 * 768 * 768 + 6 * 768 * 64)
+    split = plan(config, OptimConfig(), 768, 4096, 1, {"data": 2, "expert": 4})
+    shared = 768 * 64 + 64 + 2 * 768
+    experts = 2 * 24_576 * 768 + 24_576 + 64
+    assert whole.memory["parameters"] == 4 * (experts + shared)
+    assert split.memory["parameters"] == 4 * (experts // 4 + shared)
+    assert split.memory["moments"] == 2 * split.memory["parameters"]
+    assert split.memory["batches"] == 4 * 4096 * 768 // 8
+    assert split.traffic["tokens to experts"] == 4 * 2048 * 3 / 4 * (768 + 3 * 2)
+    narrow = OptimConfig(moment_dtype="bfloat16")
+    assert plan(config, narrow, 768, 4096, 1, {"data": 2, "expert": 4}).memory["moments"] < (
+        0.52 * split.memory["moments"]
+    )
+
+
+@pytest.mark.parametrize("flags", (["--mesh=data:2/expert:4"], ["--mesh=expert:8", "--auxk"]))
+def test_plan_and_state_against_the_compiled_step(flags):
+    _, out, _ = call(
+        "benchmarks.scaling", "--d=256", "--latents=16384", "--experts=32", "--batch=2048", *flags
+    )
+    (line,) = map(json.loads, out.splitlines())
+    used = line["argument_gb"] + line["temporary_gb"]
+    assert abs(line["planned_gb"] / used - 1) < 0.15, line
+    experts = 3 * 4 * (2 * 16_384 * 256 + 16_384 + 32)  # parameters and two moments
+    shards = 4 if "data" in flags[0] else 8
+    assert line["expert_state_gb"] * 1e9 == experts / shards
+    if "--auxk" not in flags:
+        assert abs(line["planned_received_gb"] / line["received_gb"] - 1) < 0.15, line
+
+
+def two(ends):
+    lead, other = Watch(0, lambda code: ends.append((0, code))), None
+    other = Watch(1, lambda code: ends.append((1, code)))
+    other.connect("127.0.0.1", lead.expect(1))
+    until = time.monotonic() + 20
+    while not lead._connections and time.monotonic() < until:
+        time.sleep(0.01)
+    return lead, other
+
+
+def test_a_connection_that_closes_without_farewell_ends_the_other_process(capfd):
+    ends = []
+    lead, other = two(ends)
+    other._connections[0].shutdown(2)  # what the system does for a process that dies
+    until = time.monotonic() + 20
+    while len(ends) < 2 and time.monotonic() < until:
+        Event().wait(0.01)
+    assert sorted(ends) == [(0, 3), (1, 3)]
+    assert "process 0 stops, for another process was lost" in capfd.readouterr().err
+
+
+def test_a_farewell_ends_nobody():
+    ends = []
+    lead, other = two(ends)
+    other.leave()
+    other._connections[0].close()
+    lead.leave()
+    Event().wait(0.3)
+    assert ends == []

@@ -1,0 +1,114 @@
+"""Activations made while training: the right ones, none twice in a pass, the same after a kill."""
+
+import dataclasses
+from threading import Event
+
+import jax
+import numpy as np
+import pytest
+from test_harvest import FAR, LM, SPECIAL, D, model, text_config
+
+from scale_sae_jax.activations.stream import ActivationStream
+from scale_sae_jax.config import ActivationsConfig, Config, OptimConfig, SAEConfig, check
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.parallel.mesh import make_mesh
+from scale_sae_jax.training.loop import train
+
+T, BUFFER = 64, 3
+
+
+def config_of(tmp_path, **changes):
+    return Config(
+        mesh="data:2,expert:4", steps=9, batch_size=T, steps_per_call=2, log_every=3,
+        checkpoint_every=3, lm=dataclasses.replace(LM, path="lm"), text=text_config(tmp_path),
+        activations=ActivationsConfig(buffer=BUFFER, dtype="float32"),
+        sae=SAEConfig(latents=32, experts=8, active=2, k=2, auxk=False),
+        optim=OptimConfig(lr=1e-3), **changes,
+    )
+
+
+def stream_of(config, spec="data:2,expert:4"):
+    return ActivationStream(model(), config, make_mesh(spec, 8))
+
+
+def tokens_of(x):
+    """The token of each activation of the tiny model."""
+    embedding = np.asarray(model().params) + LM.layer
+    nearest = np.square(x.reshape(-1, 1, D) - embedding).sum(-1)
+    assert nearest.min(1).max() < 1e-6  # nothing but activations of single tokens
+    return nearest.argmin(1)
+
+
+def test_batches_hold_kept_activations_on_the_mesh(tmp_path):
+    stream = stream_of(config_of(tmp_path))
+    x = stream.batches(0, 3, 4)
+    assert x.shape == (4, T, D) and x.dtype == np.float32
+    assert x.sharding.shard_shape(x.shape) == (4, T // 8, D)
+    found = tokens_of(np.asarray(x[:3]))
+    assert not set(found) & {0, SPECIAL, FAR} and len(set(found)) > 30
+    np.testing.assert_array_equal(x[3], x[2])  # void
+    rows = np.asarray(stream.rows(np.arange(BUFFER * T)))
+    assert abs(stream.mean - rows.mean(0)).max() < 0.2
+    assert stream.median_norm == pytest.approx(np.median(np.linalg.norm(rows, axis=1)), rel=0.1)
+
+
+def test_no_activation_of_a_buffer_is_seen_twice(tmp_path):
+    """Each position gives its own number, in the place of an embedding."""
+
+    class Counting(type(model())):
+        def run_to(self, params, tokens, segments, layer):
+            place = 64.0 * jax.numpy.arange(tokens.shape[0])[:, None] + np.arange(16)
+            return place[..., None] + 1e-3 * tokens[..., None] * np.ones(D)
+
+    base = model()
+    config = config_of(tmp_path)
+    config = dataclasses.replace(
+        config, activations=dataclasses.replace(config.activations, buffer=1, max_norm_ratio=0.0),
+        lm=dataclasses.replace(config.lm, rows_per_batch=64),
+    )
+    lm = Counting(base.params, base.tokenizer)
+    x = ActivationStream(lm, config, make_mesh("data:2,expert:4", 8)).batches(0, 1, 1)
+    assert len(np.unique(np.asarray(x)[0, :, 0])) == T
+
+
+def test_buffers_are_a_function_of_their_number(tmp_path):
+    config = config_of(tmp_path)
+    forward = stream_of(config)
+    expected = [np.asarray(forward.batches(step, step + 1, 1)) for step in range(12)]
+    late = stream_of(config)
+    np.testing.assert_array_equal(late.batches(7, 8, 1), expected[7])
+    np.testing.assert_array_equal(late.batches(11, 12, 1), expected[11])
+    np.testing.assert_array_equal(late.batches(2, 4, 2), np.concatenate(expected[2:4]))
+    assert not np.array_equal(expected[0], expected[3])
+    other = stream_of(dataclasses.replace(config, seed=1))
+    assert not np.array_equal(other.batches(0, 1, 1), expected[0])
+
+
+def test_training_on_the_fly_stops_and_resumes_bit_for_bit(tmp_path):
+    config = config_of(tmp_path)
+    whole = train(config, stream_of(config), tmp_path / "whole", Event())
+    stop = Event()
+
+    def show(record):
+        if record["step"] >= 4:
+            stop.set()
+
+    short = train(config, stream_of(config), tmp_path / "cut", stop, show)
+    assert not short.finished
+    rest = train(config, stream_of(config), tmp_path / "cut", Event())
+    for ours, theirs in zip(jax.tree.leaves(rest.state), jax.tree.leaves(whole.state),
+                            strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_cannot_be_streamed_is_refused(tmp_path):
+    config = config_of(tmp_path)
+    both = dataclasses.replace(config.activations, path="store")
+    with pytest.raises(UserError, match="leave one out"):
+        check(dataclasses.replace(config, activations=both))
+    nan = dataclasses.replace(model(), params=np.full((40, D), np.nan, np.float32))
+    with pytest.raises(UserError, match="NaN or infinity"):
+        ActivationStream(nan, config, make_mesh("", 8))
+    empty = dataclasses.replace(config.text, heldout_fraction=0.9999999)
+    with pytest.raises(UserError, match="no document to train on"):
+        ActivationStream(model(), dataclasses.replace(config, text=empty), make_mesh("", 8))
