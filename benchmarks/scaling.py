@@ -65,6 +65,9 @@ def received(text: str) -> int:
         size = sum(BYTES[kind] * math.prod(map(int, filter(None, dims.split(","))))
                    for kind, dims in kinds)
         groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line)
+        if groups is None:  # a permutation
+            total += size
+            continue
         others = (len(groups[1].split(",")) if groups[1] else int(groups[2])) - 1
         # A gather gives all parts, a scatter one of them; a sum over all is one of each.
         share = {"all-gather": others / (others + 1), "reduce-scatter": others,

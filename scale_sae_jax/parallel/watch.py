@@ -6,6 +6,7 @@ itself, the leading process too, so that all the others follow. A process that h
 dying is noticed by the heartbeat of `jax.distributed` instead.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -43,10 +44,11 @@ class Watch:
         """Says farewell: this process ends as it should."""
         self._leaving.set()
         for connection in self._connections:
-            try:
+            with contextlib.suppress(OSError):  # the other has left before
                 connection.sendall(FAREWELL)
-            except OSError:  # it has left before
-                pass
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
+            connection.close()
 
     def _read(self, connection: socket.socket) -> None:
         connection.settimeout(None)

@@ -30,7 +30,8 @@ def grouped_dot(
 
     The loops of a gradient that nobody asks for are compiled away.
     """
-    return _by_token(kernel.dot(_rows(x, groups, dtype), w.astype(dtype), groups, False), x, groups)
+    rows = _rows(x, groups, dtype)
+    return _by_token(kernel.dot(rows, w.astype(dtype), groups, False, kernel.shards), x, groups)
 
 
 def _forward(x, w, groups, kernel, dtype):
@@ -39,7 +40,8 @@ def _forward(x, w, groups, kernel, dtype):
 
 def _backward(kernel, dtype, saved, grad):
     x, w, groups = saved
-    d_rows = kernel.dot(_rows(grad, groups, dtype), w.astype(dtype), groups, True)
+    rows = _rows(grad, groups, dtype)
+    d_rows = kernel.dot(rows, w.astype(dtype), groups, True, kernel.shards)
     d_x = _by_token(d_rows, x, groups)
     d_x = d_x.sum(1) if x.ndim == 2 else d_x
     d_w = grouped_outer(x, grad, groups, kernel, dtype)
@@ -57,7 +59,7 @@ def grouped_outer(
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "N A B"]:
     """sum of x_t^T y_t over the tokens t of each expert; arguments as for `grouped_dot`."""
-    return kernel.outer(_rows(x, groups, dtype), _rows(y, groups, dtype), groups)
+    return kernel.outer(_rows(x, groups, dtype), _rows(y, groups, dtype), groups, kernel.shards)
 
 
 def _rows(x: Array, groups: Groups, dtype: DTypeLike) -> Rows:

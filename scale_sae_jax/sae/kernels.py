@@ -35,16 +35,18 @@ class Rows(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """dot(rows, w, groups, transposed) and outer(left, right, groups).
+    """dot(rows, w, groups, transposed, shards) and outer(left, right, groups, shards).
 
-    gathered_row, scattered_row: gathering a decoder row to multiply by it, or adding to one, takes
+    shards: devices that the experts of these pairs lie on, so that the run of one is so much shorter
+    than pairs and experts here say. gathered_row, scattered_row: gathering a decoder row to multiply by it, or adding to one, takes
     as long as multiplying by so many of them.
     """
 
-    dot: Callable[[Rows, Array, Groups, bool], Array]
-    outer: Callable[[Rows, Rows, Groups], Array]
+    dot: Callable[[Rows, Array, Groups, bool, int], Array]
+    outer: Callable[[Rows, Rows, Groups, int], Array]
     gathered_row: int
     scattered_row: int
+    shards: int = 1
 
 
 class Tiles(NamedTuple):
@@ -95,11 +97,11 @@ def _outer(rows: Array, grads: Array) -> Array:
 
 
 def _loop_dot(
-    rows: Rows, w: Float[Array, "N X Y"], groups: Groups, transposed: bool
+    rows: Rows, w: Float[Array, "N X Y"], groups: Groups, transposed: bool, shards: int = 1
 ) -> Float[Array, "P B"]:
     """Tiles are written in order, so what a tile computes beyond its run is overwritten."""
     pairs = groups.pairs.size
-    size = tile_rows(pairs, w.shape[0])
+    size = tile_rows(pairs, w.shape[0] * shards)
     tiles = cut(groups.sizes, pairs, size)
 
     def body(t, out):
@@ -111,9 +113,9 @@ def _loop_dot(
     return jax.lax.fori_loop(0, tiles.used, body, out)
 
 
-def _loop_outer(left: Rows, right: Rows, groups: Groups) -> Float[Array, "N A B"]:
+def _loop_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Float[Array, "N A B"]:
     experts, pairs = groups.sizes.size, groups.pairs.size
-    size = tile_rows(pairs, experts)
+    size = tile_rows(pairs, experts * shards)
     tiles = cut(groups.sizes, pairs, size)
 
     def body(t, out):
@@ -127,10 +129,10 @@ def _loop_outer(left: Rows, right: Rows, groups: Groups) -> Float[Array, "N A B"
 
 
 def _tiles_dot(
-    rows: Rows, w: Float[Array, "N X Y"], groups: Groups, transposed: bool
+    rows: Rows, w: Float[Array, "N X Y"], groups: Groups, transposed: bool, shards: int = 1
 ) -> Float[Array, "P B"]:
     pairs = groups.pairs.size
-    size = tile_rows(pairs, w.shape[0])
+    size = tile_rows(pairs, w.shape[0] * shards)
     tiles = cut(groups.sizes, pairs, size)
     gathered = rows.at(tiles.start[:, None] + jnp.arange(size))  # [B, R, A]
     products = _product(gathered, w[tiles.expert], transposed)
@@ -139,9 +141,9 @@ def _tiles_dot(
     return products.reshape(-1, products.shape[-1])[place]
 
 
-def _tiles_outer(left: Rows, right: Rows, groups: Groups) -> Float[Array, "N A B"]:
+def _tiles_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Float[Array, "N A B"]:
     experts, pairs = groups.sizes.size, groups.pairs.size
-    size = tile_rows(pairs, experts)
+    size = tile_rows(pairs, experts * shards)
     tiles = cut(groups.sizes, pairs, size)
     place = tiles.start[:, None] + jnp.arange(size)  # [B, R]
     exists = jnp.arange(tiles.start.size) < tiles.used
@@ -152,23 +154,23 @@ def _tiles_outer(left: Rows, right: Rows, groups: Groups) -> Float[Array, "N A B
 
 
 def _one_expert_dot(
-    rows: Rows, w: Float[Array, "1 X Y"], groups: Groups, transposed: bool
+    rows: Rows, w: Float[Array, "1 X Y"], groups: Groups, transposed: bool, shards: int = 1
 ) -> Float[Array, "P B"]:
     return _product(rows.array, w[0], transposed)
 
 
-def _one_expert_outer(left: Rows, right: Rows, groups: Groups) -> Float[Array, "1 A B"]:
+def _one_expert_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Float[Array, "1 A B"]:
     return _outer(left.array, right.array)[None]
 
 
 def _ragged_dot(
-    rows: Rows, w: Float[Array, "N X Y"], groups: Groups, transposed: bool
+    rows: Rows, w: Float[Array, "N X Y"], groups: Groups, transposed: bool, shards: int = 1
 ) -> Float[Array, "P B"]:
     dims = (((1,), (2 if transposed else 1,)), ((), ()))
     return _ragged(rows.array[rows.index], w, groups, dims, (0,))
 
 
-def _ragged_outer(left: Rows, right: Rows, groups: Groups) -> Float[Array, "N A B"]:
+def _ragged_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Float[Array, "N A B"]:
     dims = (((0,), (0,)), ((), ()))
     return _ragged(left.array[left.index], right.array[right.index], groups, dims, ())
 
@@ -186,11 +188,14 @@ KERNELS = {
     "ragged": Kernel(_ragged_dot, _ragged_outer, gathered_row=100, scattered_row=100),
 }
 BEST = {"cpu": "loop", "gpu": "tiles", "tpu": "ragged"}
+BEST_OF_SHARDS = BEST | {"gpu": "loop"}  # tiles would compute those of pairs elsewhere too
 
 
-def choose(name: str) -> Kernel:
+def choose(name: str, shards: int = 1) -> Kernel:
     """The kernel of that name; 'auto' takes the one for the platform that JAX computes on."""
-    return KERNELS[BEST.get(jax.default_backend(), "tiles") if name == "auto" else name]
+    best = BEST if shards == 1 else BEST_OF_SHARDS
+    named = best.get(jax.default_backend(), "tiles") if name == "auto" else name
+    return KERNELS[named]._replace(shards=shards)
 
 
 def one_expert(name: str) -> Kernel:

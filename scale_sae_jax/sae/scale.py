@@ -103,7 +103,7 @@ class ScaleSAE(nn.Module):
 
     @property
     def kernel(self) -> Kernel:
-        return kernels.choose(self.config.kernel)
+        return kernels.choose(self.config.kernel, self.shards.expert)
 
     def route(self, x: Float[Array, "T D"]) -> Routing:
         balance = self.balance if self.config.balance_rate else None
