@@ -24,7 +24,9 @@ class LMConfig:
     tokenizer: '' for the model's own; else a folder, tokenizer.json, hub name or 'package:NAME'.
     layer: 0-based block whose output is read (GPT-2: `transformer.h[layer]`).
     dtype: compute type, 'float32' or 'bfloat16'.
-    rows_per_batch: contexts that go through the model at once.
+    rows_per_batch: contexts that go through the model at once. split_params: cut the parameters
+        over all devices while harvesting, in the place of a copy on each; the first device still
+        holds a whole one, for the evaluation.
     """
 
     path: str = ""
@@ -32,6 +34,7 @@ class LMConfig:
     layer: int = 0
     dtype: str = "float32"
     rows_per_batch: int = 16
+    split_params: bool = False
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def auxk(config, p, x, f, dead):
 
 
 def pressure(f):
-    return np.clip((f > 0).sum(-1).mean() / K, 0.25, 4)
+    return np.clip((f > 0).sum(-1).mean() / K, 0.25, 4) ** 3
 
 
 def objective(config, p, x, dead):

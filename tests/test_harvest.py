@@ -11,11 +11,12 @@ import pytest
 import tokenizers
 
 from scale_sae_jax.activations import store
-from scale_sae_jax.activations.forward import ReadableModel, run_model
+from scale_sae_jax.activations.forward import ReadableModel, params_on, run_model
 from scale_sae_jax.activations.harvest import harvest
 from scale_sae_jax.activations.masks import Fate, fates, keep, outliers, token_flags
 from scale_sae_jax.config import ActivationsConfig, LMConfig, TextConfig
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.parallel.mesh import make_mesh
 from scale_sae_jax.text.packing import TokenRows, pack, row_batches
 from scale_sae_jax.text.splits import document_hash, training_documents
 
@@ -315,8 +316,8 @@ def test_not_finite_is_refused(tmp_path):
         harvest(lm, text_config(tmp_path), ACTIVATIONS, LM, tmp_path / "store")
 
 
-@pytest.mark.parametrize("rows_per_batch", [8, 3])
-def test_rows_are_split_over_all_devices(tmp_path, monkeypatch, rows_per_batch):
+@pytest.mark.parametrize(("rows_per_batch", "split_params"), [(8, False), (3, False), (8, True)])
+def test_rows_are_split_over_all_devices(tmp_path, monkeypatch, rows_per_batch, split_params):
     """And the next batch is dispatched before the result of one is fetched."""
     lm, text = model(), text_config(tmp_path)
     rows = pack(training_documents(text), lm.tokenizer, 16, "pack", True)
@@ -333,7 +334,9 @@ def test_rows_are_split_over_all_devices(tmp_path, monkeypatch, rows_per_batch):
             dispatched.append(batch)
             yield batch
 
-    lm_config = dataclasses.replace(LM, rows_per_batch=rows_per_batch)
+    lm_config = dataclasses.replace(LM, rows_per_batch=rows_per_batch, split_params=split_params)
+    here = params_on(make_mesh("", 1), lm, lm_config)
+    assert here.sharding.shard_shape(here.shape) == ((5, D) if split_params else (40, D))
     slabs = run_model(lm, lm_config, watched(), ActivationsConfig(dtype="float32"))
     first = next(slabs)
     assert len(dispatched) == 2

@@ -32,6 +32,14 @@ def array(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
 def launch(array, workdir, count, devices, steps=STEPS):
     """The processes of one run."""
     with socket.socket() as free:
@@ -68,10 +76,11 @@ def alone(array, tmp_path_factory):
     return scale_sae_jax.load(folder)[1]
 
 
-@pytest.mark.parametrize(("count", "devices", "lost"), [(2, 2, 1), (4, 1, 0)])
-def test_a_lost_process_ends_the_others_and_all_resume(
-    count, devices, lost, array, alone, tmp_path
+@pytest.mark.parametrize(("count", "devices", "lost", "resumed"), [(2, 2, 1, 2), (4, 1, 0, 2)])
+def test_a_lost_process_ends_the_others_and_a_restart_resumes(
+    count, devices, lost, resumed, array, alone, tmp_path
 ):
+    """With as many processes, or with others."""
     running = launch(array, tmp_path, count, devices)
     until = time.monotonic() + 200
     while not any(line["step"] >= 30 for line in read_lines(tmp_path / "metrics.jsonl")):
@@ -88,9 +97,9 @@ def test_a_lost_process_ends_the_others_and_all_resume(
             told = "another process was lost" in err or (lost == 0 and "another task died" in err)
             assert code and told and "run:" not in out, (code, err)
     # The newest checkpoint is 20; a complete run follows, and only its lead speaks.
-    ends = finish(launch(array, tmp_path, count, devices))
-    assert [code for code, *_ in ends] == [0] * count, ends
-    assert ["FVU" in out for _, out, _ in ends] == [True] + [False] * (count - 1)
+    ends = finish(launch(array, tmp_path, resumed, devices))
+    assert [code for code, *_ in ends] == [0] * resumed, ends
+    assert ["FVU" in out for _, out, _ in ends] == [True] + [False] * (resumed - 1)
     steps = [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")]
     assert steps == [1, 10, 20, 30, 40, 50, 60]
     _, params = scale_sae_jax.load(tmp_path)

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from scale_sae_jax.activations.masks import Fate, fates, token_flags
 from scale_sae_jax.activations.store import STORED
 from scale_sae_jax.config import ActivationsConfig, LMConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel import processes
-from scale_sae_jax.parallel.mesh import EVERYWHERE, TOKENS, make_mesh
+from scale_sae_jax.parallel.mesh import TOKENS, make_mesh, model_specs, placed
 from scale_sae_jax.text.packing import TokenRows
 
 
@@ -67,11 +67,17 @@ def run_model(
         return batch, run(params, *jax.device_put(filled, by_row))
 
     mesh = make_mesh("data:-1", 1)
-    params = jax.device_put(lm.params, NamedSharding(mesh, EVERYWHERE))
+    params = params_on(mesh, lm, lm_config)
     by_row = NamedSharding(mesh, TOKENS)
     for (batch, result), _ in pairwise(chain(map(dispatch, batches), (None,))):
         whole = (array[: len(batch.tokens)] for array in processes.everywhere(result))
         yield _slab(batch, *whole, lm.tokenizer.special_ids, config)
+
+
+def params_on(mesh: Mesh, lm: ReadableModel, config: LMConfig) -> Any:
+    """The model's parameters on the devices that run it."""
+    specs = model_specs(lm.params, mesh, config.split_params)
+    return jax.device_put(lm.params, placed(mesh, specs))
 
 
 def _slab(

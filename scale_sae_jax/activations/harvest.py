@@ -147,7 +147,7 @@ def content_settings(
         "special_ids": sorted(lm.tokenizer.special_ids),
         "source": sources.identity(text_config),
         "heldout_source": sources.identity(heldout) if heldout.path else {},
-        "lm": fields(lm_config, "path", "tokenizer"),
+        "lm": fields(lm_config, "path", "tokenizer", "split_params"),
         "text": fields(text_config, "path", "heldout_path"),
         "activations": fields(activations_config, "path", "buffer"),
     }

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int64, UInt64
 
-from scale_sae_jax.activations.forward import ReadableModel
+from scale_sae_jax.activations.forward import ReadableModel, params_on
 from scale_sae_jax.activations.masks import keep, token_flags
 from scale_sae_jax.config import Config
 from scale_sae_jax.errors import UserError
@@ -40,7 +40,7 @@ class ActivationStream:
 
     def __init__(self, lm: ReadableModel, config: Config, mesh: Mesh):
         self._lm, self._config, self._mesh = lm, config, mesh
-        self._params = jax.device_put(lm.params, NamedSharding(mesh, EVERYWHERE))
+        self._params = params_on(mesh, lm, config.lm)
         self._rows_per_call = -(-config.lm.rows_per_batch // mesh.size) * mesh.size
         wanted = SPARE * config.activations.buffer * config.batch_size / (config.text.context - 1)
         self._calls = -(-int(np.ceil(wanted)) // self._rows_per_call)

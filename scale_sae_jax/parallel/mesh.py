@@ -81,6 +81,22 @@ def param_specs(params: Any, by_expert: tuple[str, ...]) -> Any:
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
+def model_specs(params: Any, mesh: Mesh, split: bool) -> Any:
+    """Where a language model's parameters lie: on every device, or each split over all of them.
+
+    A split array is cut along its longest axis that the devices divide; one without any is not.
+    """
+
+    def spec(leaf: Any) -> PartitionSpec:
+        even = [n if n % mesh.size == 0 else 0 for n in leaf.shape]
+        if not split or not any(even):
+            return EVERYWHERE
+        axis = even.index(max(even))
+        return PartitionSpec(*[None] * axis, (DATA, EXPERT))
+
+    return jax.tree.map(spec, params)
+
+
 def placed(mesh: Mesh, specs: Any) -> Any:
     """NamedShardings on the mesh in the place of specs."""
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
