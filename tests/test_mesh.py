@@ -287,9 +287,11 @@ def test_batches_that_do_not_split_are_refused(run_config, tmp_path):
     config = dataclasses.replace(run_config, mesh="", batch_size=60)
     with pytest.raises(UserError, match="batch_size = 60 cannot be split over 8 devices: take 64"):
         run(config, tmp_path, Event())
-    sharded, params = on("data:2,expert:4", *start(SAE)[:2])
-    with pytest.raises(UserError, match="3 activations cannot be split over 8 devices"):
-        sharded.encode(params, np.ones((3, D), np.float32))
+    sae, params, x, _ = start(SAE)
+    sharded, there = on("data:2,expert:4", sae, params)
+    with pytest.raises(UserError, match="batch of 3 activations cannot be split over 8 devices"):
+        sharded.loss(there, x[:3], None)
+    assert_close(sharded.reconstruct(there, x[:3]), sae.reconstruct(params, x[:3]))
 
 
 def test_processes_share_what_the_others_read(tmp_path):

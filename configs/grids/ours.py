@@ -5,12 +5,11 @@
 
 Runs on block 10 of SmolLM2, so that the comparison on the quickstart's block 15 and on synthetic
 data is not one on which the options were chosen. Active and total width are the same in every cell.
-After the colon: seeds, steps, lr.
+Beside the arguments of every grid (base.py): lr.
 """
 
-from configs import quickstart
-from scale_sae_jax.config import parse_arg
-from scale_sae_jax.sweep import axis, cell, product
+from configs.grids import base
+from scale_sae_jax.sweep import axis
 
 SCALED = {"sae.input_scale": True, "sae.load_balance": 0.03}
 BASE = SCALED | {"sae.gate_at": "code"}
@@ -38,20 +37,8 @@ OPTIONS = {
 
 
 def get_grid(arg=""):
-    arg = parse_arg(arg, seeds=1, steps=300, lr=4e-3)
-    common = {
-        "steps": arg.steps,
-        "optim.lr": arg.lr,
-        "lm.layer": 10,
-        "activations.tokens": 60_000,
-        "eval.tokens": 1024,
-        "checkpoint_every": 0,
-    }
-    return [
-        cell(
-            axes,
-            quickstart.get_config(f"seed={axes['seed']}"),
-            common | OPTIONS[axes["options"]],
-        )
-        for axes in product(axis("options", OPTIONS), axis("seed", range(arg.seeds)))
-    ]
+    arg = base.parse(arg, seeds=1, steps=300, lr=4e-3)
+    common = base.TUNING | {"optim.lr": arg.lr}
+    return base.cells(
+        arg, axis("options", OPTIONS), lambda axes: common | OPTIONS[axes["options"]]
+    )

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -53,11 +54,17 @@ class ShardedAutoencoder(Autoencoder):
         if method not in SPECS:
             return super()._apply(params, method, *args)
         tokens = jax.tree.leaves(args[0])[0].shape[0]
-        if tokens % self.mesh.size:
+        missing = -tokens % self.mesh.size
+        if missing and method == "loss":  # a mean over the tokens, so none can be added
             raise UserError(
-                f"{tokens} activations cannot be split over {self.mesh.size} devices: take a "
-                f"multiple of {self.mesh.size}, or a smaller config.mesh"
+                f"a batch of {tokens} activations cannot be split over {self.mesh.size} devices: "
+                f"take a multiple of {self.mesh.size}, or a smaller config.mesh"
             )
+        if missing:
+            filled = jax.tree.map(
+                lambda a: jnp.pad(a, ((0, missing), *[(0, 0)] * (a.ndim - 1))), args
+            )
+            return jax.tree.map(lambda a: a[:tokens], self._apply(params, method, *filled))
 
         def on_device(params: Params, *args: Any) -> Any:
             return self.local.apply({"params": params}, *args, method=method)

@@ -1,0 +1,74 @@
+"""What the grids share: their arguments, sizes and data, and each preset's learning rate.
+
+After its colon every grid takes: data (a file of configs/), seeds, steps, eval_tokens, l0, experts,
+latents, path (of data=array), and what its own docstring adds. 0 or nothing leaves a setting as
+the data's config file has it.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from scale_sae_jax.config import parse_arg
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.sweep import Axes, Cell, axis, cell, product
+
+# Best of configs/grids/learning_rates.py, on other activations than the quickstart's.
+TUNED = {
+    "relu": 8e-3,
+    "gated": 8e-3,
+    "jumprelu": 4e-3,  # at 8e-3, a little lower FVU, a tenth of its latents are dead
+    "topk": 8e-3,
+    "batchtopk": 8e-3,
+    "matryoshka": 8e-3,
+    "switch": 4e-3,
+    "paper": 4e-3,
+    "ours": 8e-3,
+}
+# Where options and learning rates are chosen: not the block that the comparisons report.
+TUNING = {
+    "lm.layer": 10,
+    "activations.tokens": 60_000,
+    "eval.tokens": 1024,
+    "checkpoint_every": 0,
+}
+SIZES = ("l0", "experts", "active", "latents", "preset", "match", "seed", "path")
+
+
+def parse(arg: str, **more: Any) -> Any:
+    """A grid's argument, with `more` of its own. Raises UserError as `parse_arg`."""
+    shared = dict(
+        data="quickstart", seeds=3, steps=0, eval_tokens=0, l0=0, experts=0, latents=0, path=""
+    )
+    return parse_arg(arg, **shared | more)
+
+
+def cells(
+    arg: Any, points: list[Axes], changes: Callable[[Axes], dict[str, Any]] = lambda axes: {}
+) -> list[Cell]:
+    """A cell for each point and seed.
+
+    Args:
+      points: axes with the names of a config's argument (l0, experts, active, preset, match; the
+        value 'both' of match leaves it out) are passed to the data's config.
+      changes: settings by dotted names for what other axes mean.
+
+    Raises UserError for an unknown config file or preset, and sizes that do not fit.
+    """
+    if not arg.data.isidentifier() or importlib.util.find_spec(f"configs.{arg.data}") is None:
+        raise UserError(f"data={arg.data}: there is no configs/{arg.data}.py")
+    config = importlib.import_module(f"configs.{arg.data}")
+    common = {"steps": arg.steps, "eval.tokens": arg.eval_tokens}
+    common = {name: value for name, value in common.items() if value}
+    sizes = {name: arg[name] for name in ("l0", "experts", "latents", "path") if arg[name]}
+    found = []
+    for axes in product(points, axis("seed", range(arg.seeds))):
+        given = {**sizes, **axes}
+        passed = {n: v for n, v in given.items() if n in SIZES and v != "both"}
+        settings = config.get_config(",".join(f"{name}={v}" for name, v in passed.items()))
+        rate = TUNED.get(axes.get("preset", "paper"), TUNED["paper"])
+        if settings.sae.match == "width":  # the published rule: falls with the root of the width
+            rate *= (settings.sae.active / settings.sae.experts) ** 0.5
+        found.append(cell(axes, settings, common | {"optim.lr": rate} | changes(axes)))
+    return found
