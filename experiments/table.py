@@ -5,6 +5,7 @@
 ± is the half-width of Student's interval of the mean. Columns that no cell has are left out.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from absl import flags
-from scipy import stats
 
 from experiments import command_line
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.report.arms import Arm, arms_of
 from scale_sae_jax.sweep import MAIN_RESULTS
 
 FLAGS = flags.FLAGS
@@ -32,20 +33,37 @@ def define(argv: list[str]) -> None:
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
     """The rows of results.parquet. Raises UserError if it is not there, damaged or empty."""
+    rows = _read(workdir).to_pylist()
+    if not rows:
+        raise UserError(f"{workdir}/results.parquet holds no finished cell yet")
+    return rows
+
+
+def read_axes(workdir: Path) -> list[str]:
+    """The columns that are axes of the grid. Raises UserError as `read_rows`."""
+    axes = (_read(workdir).schema.metadata or {}).get(b"axes", b"[]")
+    return json.loads(axes)
+
+
+def _read(workdir: Path) -> pa.Table:
     path = workdir / "results.parquet"
     if not path.is_file():
         raise UserError(f"{workdir} has no results.parquet: fill it with experiments.sweep")
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        return pyarrow.parquet.read_table(path)
     except (pa.ArrowInvalid, OSError):
         raise UserError(f"{path} is damaged: the same experiments.sweep writes it anew") from None
-    if not rows:
-        raise UserError(f"{path} holds no finished cell yet")
-    return rows
 
 
 def markdown(rows: list[dict[str, Any]], by: list[str], columns: list[str]) -> str:
-    """The table, groups in the order of their first rows.
+    """The table as Markdown; see `groups_table`."""
+    head, *lines = groups_table(rows, by, columns)
+    rule = [*("---" for _ in by), *("---:" for _ in head[len(by):])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def groups_table(rows: list[dict[str, Any]], by: list[str], columns: list[str]) -> list[list[str]]:
+    """The heading and a line a group, groups in the order of their first rows.
 
     Raises UserError for an unknown name in `by`, and for a group with two cells of one seed: its
     spread would not be that of seeds.
@@ -54,55 +72,44 @@ def markdown(rows: list[dict[str, Any]], by: list[str], columns: list[str]) -> s
         if name not in rows[0]:
             known = ", ".join(rows[0])
             raise UserError(f"--by={name}: there is no such column; the results have {known}")
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in by), []).append(row)
-    for key, group in groups.items():
-        seeds = [row.get("seed") for row in group]
+    groups = arms_of(rows, by)
+    for group in groups:
+        seeds = [row.get("seed") for row in group.rows]
         if len(set(seeds)) < len(seeds):
-            where = " ".join(map(str, key))
+            where = " ".join(map(str, group.axes.values()))
             raise UserError(f"--by={','.join(by)}: '{where}' has several cells of one seed: "
                             "name in --by what else sets cells apart")
-    cells = []
-    for name in columns:
-        values = [[r[name] for r in group if r.get(name) is not None] for group in groups.values()]
-        if any(values):
-            cells.append((name, _formatted(name, values)))
-    seeds = [str(len(group)) for group in groups.values()]
-    shown = [("seeds", seeds), *cells]
-    lines = [
+    cells = [(name, _formatted(name, groups)) for name in columns
+             if any(group.values(name) for group in groups)]
+    shown = [("seeds", [str(len(group.rows)) for group in groups]), *cells]
+    return [
         [*by, *(name for name, _ in shown)],
-        [*("---" for _ in by), *("---:" for _ in shown)],
         *(
-            [*map(str, key), *(column[i] for _, column in shown)]
-            for i, key in enumerate(groups)
+            [*(str(group.rows[0][name]) for name in by), *(column[i] for _, column in shown)]
+            for i, group in enumerate(groups)
         ),
     ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _formatted(name: str, groups: list[list[Any]]) -> list[str]:
+def _formatted(name: str, groups: list[Arm]) -> list[str]:
     """A column, each group as 'mean ± half-width', all with the same number of digits."""
-    every = [value for group in groups for value in group]
+    every = [value for group in groups for value in group.values(name)]
     if not all(isinstance(value, int | float) for value in every):
         raise UserError(f"--columns={name} is not a column of numbers")
     largest = max(map(abs, every))
     counts = all(isinstance(value, int) for value in every)
     form = ",.0f" if counts or largest >= 1000 else ".1f" if largest >= 10 else ".4f"
-    return [_mean(group, form) for group in groups]
+    return [_mean(group, name, form) for group in groups]
 
 
-def _mean(values: list[float], form: str) -> str:
+def _mean(group: Arm, name: str, form: str) -> str:
     """'-' for no value; a count that is the same for all seeds stands alone."""
-    if not values:
+    found, values = group.interval(name), group.values(name)
+    if found is None:
         return "-"
-    mean, n = format(np.mean(values), form), len(values)
-    if n == 1:
-        return mean
-    if isinstance(values[0], int) and len(set(values)) == 1:
-        return mean
-    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
-    return f"{mean} ± {format(half, form)}"
+    mean = format(found.mean, form)
+    same = isinstance(values[0], int) and len(set(values)) == 1
+    return mean if same or np.isnan(found.half) else f"{mean} ± {format(found.half, form)}"
 
 
 def main() -> None:

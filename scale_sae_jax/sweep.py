@@ -27,7 +27,7 @@ import pyarrow.parquet
 from ml_collections import ConfigDict
 
 from scale_sae_jax import workdir as folders
-from scale_sae_jax.config import Config, from_config_dict
+from scale_sae_jax.config import Config, flatten, from_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.run import (
@@ -156,10 +156,16 @@ def inputs_key(config: Config) -> str:
 
 
 def _source_settings(config: Config) -> dict[str, Any]:
-    """Every section that tells where activations come from."""
-    sections = dataclasses.asdict(resolved(config))
+    """All that tells where activations come from and is not as by default.
+
+    Defaults are left out so that a setting which comes with a new version changes no hash.
+    """
+    ours, default = (flatten(dataclasses.asdict(c)) for c in (resolved(config), Config()))
     left_out = ("sae", "optim", "eval")
-    return {k: v for k, v in sections.items() if isinstance(v, dict) and k not in left_out}
+    return {
+        name: value for name, value in ours.items()
+        if "." in name and name.split(".")[0] not in left_out and value != default[name]
+    }
 
 
 def _digest(settings: dict[str, Any]) -> str:
@@ -176,7 +182,11 @@ def finished(here: Cell, workdir: Path) -> dict[str, Any] | None:
         record = folders.read_json(workdir / here.name / "cell.json", "a finished cell")
     except UserError:
         return None
-    return record["results"] if record.get("config") == dataclasses.asdict(here.config) else None
+    try:
+        same = from_config_dict(record.get("config")) == here.config
+    except UserError:  # of another version
+        return None
+    return record["results"] if same else None
 
 
 def run_cell(
@@ -217,7 +227,7 @@ def run_cell(
 def write_results(cells: list[Cell], workdir: Path, command: list[str]) -> None:
     """Writes results.csv and .parquet, each whole: a row for each finished cell of `cells`.
 
-    Columns: axes; scalar results; the two bounds of an interval as _lo and _hi; the cell's folder
+    Columns: axes (named in the metadata of the .parquet too); scalar results; the two bounds of an interval as _lo and _hi; the cell's folder
     in `workdir`; and `command` with the flag that runs this cell alone.
     """
     rows = []
@@ -229,6 +239,8 @@ def write_results(cells: list[Cell], workdir: Path, command: list[str]) -> None:
             rows.append({**here.axes, **_scalars(results, here.axes), **where})
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+    axes = list(dict.fromkeys(name for here in cells for name in here.axes))
+    table = table.replace_schema_metadata({"axes": json.dumps(axes)})
     _replace(workdir / "results.csv", lambda path: pyarrow.csv.write_csv(table, path))
     _replace(workdir / "results.parquet", lambda path: pyarrow.parquet.write_table(table, path))
 

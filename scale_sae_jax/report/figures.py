@@ -1,0 +1,199 @@
+"""The figures of a report, each a function of rows or arrays that returns a matplotlib Figure.
+
+Intervals are 95 % over seeds. Colours are by arm, the same in every figure.
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from scale_sae_jax.report.arms import Arm, Row, apart, arms_of
+
+QUALITY = {"fvu": "FVU", "delta_ce": "delta CE, nats"}
+COSTS = {"flops_per_token": "FLOPs a token, forward", "train_seconds": "training, seconds"}
+THRESHOLDS = (0.7, 0.8, 0.9)
+
+
+def colours(names: list[str]) -> dict[str, Any]:
+    """A colour for each arm."""
+    from matplotlib import colormaps
+
+    palette = colormaps["tab20"].colors
+    return {name: palette[i % len(palette)] for i, name in enumerate(names)}
+
+
+def quality(arms: list[Arm]) -> Figure | None:
+    """FVU and delta CE of each arm, the best one on top."""
+    known = [name for name in QUALITY if any(arm.values(name) for arm in arms)]
+    if not known:
+        return None
+    figure, every = _axes(len(known), height=1 + 0.28 * len(arms))
+    ranked = sorted(arms, key=lambda arm: _mean(arm, known[0]), reverse=True)
+    for axes, column in zip(every, known, strict=True):
+        for place, arm in enumerate(ranked):
+            found = arm.interval(column)
+            if found:
+                axes.errorbar(found.mean, place, xerr=found.half, fmt="o", color="C0", capsize=3)
+        axes.set(xlabel=QUALITY[column], yticks=range(len(ranked)))
+        axes.grid(axis="x", alpha=0.3)
+    every[0].set_yticklabels([arm.name for arm in ranked])
+    for axes in every[1:]:
+        axes.set_yticklabels([])
+    return figure
+
+
+def along(rows: list[Row], axes_names: list[str], axis: str) -> Figure | None:
+    """FVU and loss recovered along a number of the grid, a line an arm."""
+    columns = {"fvu": "FVU", "recovered": "loss recovered"}
+    known = [name for name in columns if any(row.get(name) is not None for row in rows)]
+    rows = [row for row in rows if row.get(axis) is not None]
+    curves = arms_of(rows, apart(axes_names, axis))
+    curves = [arm for arm in curves if len({row[axis] for row in arm.rows}) > 1]
+    if not known or not curves:
+        return None
+    figure, every = _axes(len(known))
+    by_name = colours([arm.name for arm in curves])
+    for axes, column in zip(every, known, strict=True):
+        for arm in curves:
+            points = arms_of(arm.rows, [axis])
+            points = sorted(points, key=lambda p: p.rows[0][axis])
+            found = [(p.rows[0][axis], p.interval(column)) for p in points]
+            x, y, half = zip(*((x, i.mean, i.half) for x, i in found if i), strict=True)
+            axes.errorbar(x, y, yerr=half, marker="o", capsize=3, label=arm.name,
+                          color=by_name[arm.name])
+        axes.set(xlabel=axis, ylabel=columns[column])
+        if min(row[axis] for row in rows) > 0:
+            axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    every[0].legend(fontsize="small")
+    return figure
+
+
+def pareto(arms: list[Arm]) -> Figure | None:
+    """FVU against what it costs; arms on the line are beaten by none that costs less."""
+    known = [name for name in COSTS if any(arm.values(name) for arm in arms)]
+    arms = [arm for arm in arms if arm.values("fvu")]
+    if not known or not arms:
+        return None
+    figure, every = _axes(len(known), height=4.5)
+    by_name = colours([arm.name for arm in arms])
+    for axes, column in zip(every, known, strict=True):
+        points = []
+        for arm in arms:
+            cost, fvu = arm.interval(column), arm.interval("fvu")
+            if cost is None:
+                continue
+            points.append((cost.mean, fvu.mean))
+            axes.errorbar(cost.mean, fvu.mean, xerr=cost.half, yerr=fvu.half, fmt="o", capsize=2,
+                          color=by_name[arm.name], label=arm.name)
+        front = pareto_front(points)
+        axes.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0)
+        axes.set(xlabel=COSTS[column], ylabel="FVU", xscale="log")
+        axes.grid(alpha=0.3)
+    every[-1].legend(fontsize="small", bbox_to_anchor=(1.02, 1), loc="upper left")
+    return figure
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, loss) that no other one beats or equals in both, by rising cost."""
+    front = []
+    for cost, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((cost, loss))
+    return front
+
+
+def redundancy(arms: list[Arm]) -> Figure | None:
+    """Share of live latents with a twin, by the cosine that makes one, and where the twin is."""
+    arms = [arm for arm in arms if arm.values("redundancy_0.7")]
+    if not arms:
+        return None
+    figure, every = _axes(len(THRESHOLDS), height=1.3 + 0.28 * len(arms), sharex=True)
+    parts = (("_intra", "same expert", "o"), ("_inter", "another expert", "s"),
+             ("_null", "random directions", "x"))
+    for axes, threshold in zip(every, THRESHOLDS, strict=True):
+        for part, label, mark in parts:
+            found = [arm.interval(f"redundancy_{threshold}{part}") for arm in arms]
+            known = [(i.mean, place, i.half) for place, i in enumerate(found) if i]
+            if known:
+                x, y, half = zip(*known, strict=True)
+                axes.errorbar(x, y, xerr=half, fmt=mark, capsize=2, label=label)
+        axes.set(xlabel=f"cosine > {threshold}", yticks=range(len(arms)))
+        axes.grid(axis="x", alpha=0.3)
+    every[0].set_yticklabels([arm.name for arm in arms])
+    for axes in every[1:]:
+        axes.set_yticklabels([])
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+def expert_load(loads: dict[str, Float[np.ndarray, " N"]]) -> Figure | None:
+    """Share of the routing that each expert gets, the busiest first, against an even share."""
+    if not loads:
+        return None
+    figure, (axes,) = _axes(1)
+    by_name = colours(list(loads))
+    for name, load in loads.items():
+        axes.plot(np.sort(load)[::-1] * len(load), marker=".", label=name, color=by_name[name])
+    axes.axhline(1, color="0.6", lw=1)
+    axes.set(xlabel="experts, the busiest first", ylabel="share of the routing / even share")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def omega(values: dict[str, Float[np.ndarray, " N"]]) -> Figure | None:
+    """omega of each expert: what feature scaling learned (Scale SAE, section 3)."""
+    if not values:
+        return None
+    figure, (axes,) = _axes(1)
+    by_name = colours(list(values))
+    for name, value in values.items():
+        axes.plot(np.sort(value), marker=".", label=name, color=by_name[name])
+    axes.axhline(0, color="0.6", lw=1)
+    axes.set(xlabel="experts, by omega", ylabel="omega")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def similarity(decoders: dict[str, Float[np.ndarray, "N M D"]]) -> Figure | None:
+    """How alike experts are: for the latents of one, the mean largest cosine with another's."""
+    if not decoders:
+        return None
+    figure, every = _axes(len(decoders), height=3.6)
+    alike = [expert_similarity(decoder) for decoder in decoders.values()]
+    most = max(image.max() for image in alike)
+    for axes, name, values in zip(every, decoders, alike, strict=True):
+        image = axes.imshow(values, vmin=0, vmax=most, cmap="viridis")
+        axes.set(title=name, xlabel="expert", ylabel="expert")
+        axes.title.set_fontsize("small")
+    figure.colorbar(image, ax=list(every), shrink=0.8)
+    return figure
+
+
+def expert_similarity(decoder: Float[np.ndarray, "N M D"]) -> Float[np.ndarray, "N N"]:
+    """Entry i, j: mean over the latents of i of the largest cosine with one of j, not itself."""
+    experts, size, _ = decoder.shape
+    unit = decoder / np.maximum(np.linalg.norm(decoder, axis=-1, keepdims=True), 1e-12)
+    flat = unit.reshape(-1, unit.shape[-1])
+    alike = np.empty((experts, experts))
+    for i in range(experts):
+        cosines = unit[i] @ flat.T  # [M, N * M]
+        cosines[np.arange(size), i * size + np.arange(size)] = -1
+        alike[i] = cosines.reshape(size, experts, size).max(-1).mean(0)
+    return alike
+
+
+def _axes(
+    count: int, height: float = 3.6, sharex: bool = False
+) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(4.6 * count + 1.5, height), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False, sharex=sharex)
+    return figure, list(axes[0])
+
+
+def _mean(arm: Arm, column: str) -> float:
+    found = arm.interval(column)
+    return found.mean if found else np.inf
+
