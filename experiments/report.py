@@ -113,13 +113,15 @@ def main() -> None:
                 figure.savefig(output / f"{picture.name}.{ending}", dpi=130)
             pictures.append(picture)
         title = f"Sweep {workdir.name}"
-        lead = f"{len(rows)} cells, {len(arms_of(rows, apart(axes)))} arms. All figures come from " \
-               "held-out data."
+        arms = len(arms_of(rows, apart(axes)))
+        lead = f"{len(rows)} cells, {arms} arms. All figures come from held-out data."
         both = title, lead, pictures, tables(rows, axes)
         (output / "index.html").write_text(html(*both, output))
         (output / "report.md").write_text(markdown(*both))
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; choose another --output") from None
+        raise UserError(
+            f"cannot write {output}: {error.strerror}; choose another --output"
+        ) from None
     print(f"{output}/index.html")
 
 

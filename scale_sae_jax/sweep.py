@@ -227,8 +227,9 @@ def run_cell(
 def write_results(cells: list[Cell], workdir: Path, command: list[str]) -> None:
     """Writes results.csv and .parquet, each whole: a row for each finished cell of `cells`.
 
-    Columns: axes (named in the metadata of the .parquet too); scalar results; the two bounds of an interval as _lo and _hi; the cell's folder
-    in `workdir`; and `command` with the flag that runs this cell alone.
+    Columns: axes (named in the metadata of the .parquet too); scalar results; the two bounds of an
+    interval as _lo and _hi; the cell's folder in `workdir`; and `command` with the flag that runs
+    this cell alone.
     """
     rows = []
     for here in cells:

@@ -80,6 +80,13 @@ def test_a_product_varies_the_last_list_fastest_and_lists_add_up():
         ("architectures.py:data=synthetic,only=topk+ours,seeds=1", 3),
         ("learning_rates.py", 36),
         ("ours.py:seeds=2", 32),
+        ("l0_by_experts.py", 117),
+        ("active.py", 60),
+        ("feature_scaling.py", 24),
+        ("experts.py:seeds=1", 15),
+        ("granularity.py:seeds=1", 8),
+        ("load_balance.py:seeds=1", 10),
+        ("gate.py:seeds=1", 20),
     ),
 )
 def test_the_grids_of_this_project_have_their_cells(name, cells):

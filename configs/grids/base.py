@@ -50,8 +50,8 @@ def cells(
     """A cell for each point and seed.
 
     Args:
-      points: axes with the names of a config's argument (l0, experts, active, preset, match; the
-        value 'both' of match leaves it out) are passed to the data's config.
+      points: axes with the names of a config's argument (experts, active, latents, preset, match,
+        and k, which is l0 there) are passed to the data's config; 'both' of match leaves it out.
       changes: settings by dotted names for what other axes mean.
 
     Raises UserError for an unknown config file or preset, and sizes that do not fit.
@@ -65,6 +65,7 @@ def cells(
     found = []
     for axes in product(points, axis("seed", range(arg.seeds))):
         given = {**sizes, **axes}
+        given = {"l0" if name == "k" else name: value for name, value in given.items()}
         passed = {n: v for n, v in given.items() if n in SIZES and v != "both"}
         settings = config.get_config(",".join(f"{name}={v}" for name, v in passed.items()))
         rate = TUNED.get(axes.get("preset", "paper"), TUNED["paper"])

@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel.mesh import EVERYWHERE, ON_EXPERTS, TOKENS, param_specs

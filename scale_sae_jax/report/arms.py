@@ -1,4 +1,4 @@
-"""The rows of a sweep by arm: cells that differ in nothing but their seed, with means over seeds."""
+"""The rows of a sweep by arm, cells that differ in nothing but their seed; means over seeds."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Arm:
             str(v) if isinstance(v, str) else f"{n}={v}" for n, v in self.axes.items()
         ) or "all"
 
-    def values(self, column: str) -> list[float]:
+    def values(self, column: str) -> list[int | float]:
         """A result in each of its cells, where it is defined."""
         return [row[column] for row in self.rows if row.get(column) is not None]
 

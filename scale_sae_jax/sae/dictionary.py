@@ -91,10 +91,18 @@ class DictionarySAE(nn.Module):
         kernel = kernels.choose(c.kernel)
         return decoding.decode(codes, self.w_dec, kernel, c.dtype) + self.b_dec
 
-    def residual(self, x: Float[Array, "T D"], acts: Float[Array, "T L"]) -> Float[Array, "T D"]:
-        """x - x^ of dense latents."""
-        decoded = rounded_dot(acts * self.unit, self.w_dec.T, self.config.dtype)
-        return x - self.b_dec - decoded
+    def residual(
+        self, x: Float[Array, "T D"], acts: Float[Array, "T L"], frozen: bool = False
+    ) -> Float[Array, "T D"]:
+        """x - x^ of dense latents.
+
+        Args:
+          frozen: let no gradient into the decoder and b_dec.
+        """
+        w_dec, b_dec = self.w_dec, self.b_dec
+        if frozen:
+            w_dec, b_dec = jax.lax.stop_gradient((w_dec, b_dec))
+        return x - b_dec - rounded_dot(acts * self.unit, w_dec.T, self.config.dtype)
 
     def decoder(self) -> Float[Array, "L D"]:
         return self.w_dec

@@ -11,8 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from scale_sae_jax.sae.dictionary import DictionarySAE
 from scale_sae_jax.sae.losses import Loss, mean_square
-from scale_sae_jax.sae.products import rounded_dot
-from scale_sae_jax.sae.sparsity import count_dense, one_expert, pressure, steer
+from scale_sae_jax.sae.sparsity import count_dense, one_expert, sparsity_weight, steer
 
 
 class GatedSAE(DictionarySAE):
@@ -51,13 +50,11 @@ class GatedSAE(DictionarySAE):
         gate, acts = self.paths(x)
         through = jax.nn.relu(gate)
         mse = mean_square(self.residual(x, acts))
-        w_dec, b_dec = jax.lax.stop_gradient((self.w_dec, self.b_dec))
-        decoded = rounded_dot(through * self.unit, w_dec.T, c.dtype)
-        auxiliary = mean_square(x - b_dec - decoded)
+        auxiliary = mean_square(self.residual(x, through, frozen=True))
         sparsity = through.sum(-1).mean()
         firing = count_dense(acts)
         l0 = firing.sum() / x.shape[0]
-        weight = jax.lax.stop_gradient(self.penalty) * pressure(l0, c.k) * self.unit**2
+        weight = sparsity_weight(self.penalty, l0, c.k) * self.unit**2
         return Loss(
             total=mse + weight * sparsity + auxiliary,
             mse=mse,

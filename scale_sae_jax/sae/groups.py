@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-
 ELSEWHERE = 2**30  # the row of a pair without one
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from scale_sae_jax.sae.dictionary import DictionarySAE
 from scale_sae_jax.sae.losses import Loss, mean_square
-from scale_sae_jax.sae.sparsity import count_dense, one_expert, pressure, steer
+from scale_sae_jax.sae.sparsity import count_dense, one_expert, sparsity_weight, steer
 
 TANH_SLOPE = 4.0
 # Adam moves each entry alike. An encoder row turns by its own length in some 30 steps of 1e-3; a
@@ -108,17 +108,17 @@ class JumpReLUSAE(DictionarySAE):
         mse = mean_square(self.residual(x, acts))
         firing = count_dense(acts)
         l0 = firing.sum() / x.shape[0]
-        penalty = jax.lax.stop_gradient(self.penalty)
         if c.l0_loss == "quadratic":
+            weight = jax.lax.stop_gradient(self.penalty)
             sparsity = jnp.square(fires(pre, threshold, c.bandwidth).sum(-1).mean() / c.k - 1)
             after = self.penalty
         else:
             strength = TANH_SLOPE * acts * jnp.linalg.norm(self.w_dec, axis=-1)
             sparsity = jnp.tanh(strength).sum(-1).mean() / c.k
-            penalty = penalty * pressure(l0, c.k)
+            weight = sparsity_weight(self.penalty, l0, c.k)
             after = steer(self.penalty, l0, c.k, c.penalty_rate)
         return Loss(
-            total=mse + penalty * self.width * self.unit**2 * sparsity,
+            total=mse + weight * self.width * self.unit**2 * sparsity,
             mse=mse,
             terms={"sparsity": sparsity, "penalty": self.penalty},
             firing=firing,

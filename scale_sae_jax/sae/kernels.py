@@ -37,9 +37,9 @@ class Rows(NamedTuple):
 class Kernel(NamedTuple):
     """dot(rows, w, groups, transposed, shards) and outer(left, right, groups, shards).
 
-    shards: devices that the experts of these pairs lie on, so that the run of one is so much shorter
-    than pairs and experts here say. gathered_row, scattered_row: gathering a decoder row to multiply by it, or adding to one, takes
-    as long as multiplying by so many of them.
+    shards: devices that the experts of these pairs lie on, so that the run of one is so much
+    shorter than pairs and experts here say. gathered_row, scattered_row: gathering a decoder row to
+    multiply by it, or adding to one, takes as long as multiplying by so many of them.
     """
 
     dot: Callable[[Rows, Array, Groups, bool, int], Array]
@@ -159,7 +159,9 @@ def _one_expert_dot(
     return _product(rows.array, w[0], transposed)
 
 
-def _one_expert_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Float[Array, "1 A B"]:
+def _one_expert_outer(
+    left: Rows, right: Rows, groups: Groups, shards: int = 1
+) -> Float[Array, "1 A B"]:
     return _outer(left.array, right.array)[None]
 
 
@@ -170,7 +172,9 @@ def _ragged_dot(
     return _ragged(rows.array[rows.index], w, groups, dims, (0,))
 
 
-def _ragged_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Float[Array, "N A B"]:
+def _ragged_outer(
+    left: Rows, right: Rows, groups: Groups, shards: int = 1
+) -> Float[Array, "N A B"]:
     dims = (((0,), (0,)), ((), ()))
     return _ragged(left.array[left.index], right.array[right.index], groups, dims, ())
 

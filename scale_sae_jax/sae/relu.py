@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from scale_sae_jax.sae.dictionary import DictionarySAE
 from scale_sae_jax.sae.losses import Loss, mean_square
-from scale_sae_jax.sae.sparsity import count_dense, one_expert, pressure, steer
+from scale_sae_jax.sae.sparsity import count_dense, one_expert, sparsity_weight, steer
 
 
 class ReLUSAE(DictionarySAE):
@@ -42,7 +42,7 @@ class ReLUSAE(DictionarySAE):
         sparsity = (acts * jnp.linalg.norm(self.w_dec, axis=-1)).sum(-1).mean()
         firing = count_dense(acts)
         l0 = firing.sum() / x.shape[0]
-        weight = jax.lax.stop_gradient(self.penalty) * pressure(l0, c.k) * self.unit**2
+        weight = sparsity_weight(self.penalty, l0, c.k) * self.unit**2
         return Loss(
             total=mse + weight * sparsity,
             mse=mse,

@@ -33,9 +33,12 @@ def steer(
     return penalty * jnp.exp(rate * jnp.clip(off, -1, 1))
 
 
-def pressure(l0: Float[Array, ""], target: int) -> Float[Array, ""]:
-    """What the penalty is multiplied by in this batch: (l0 / target)^3, a constant in [1/64, 64].
+def sparsity_weight(
+    penalty: Float[Array, ""], l0: Float[Array, ""], target: int
+) -> Float[Array, ""]:
+    """penalty (l0 / target)^3, a constant: the weight of sparsity in this batch.
 
-    `steer` alone would overshoot: latents answer to a penalty only after many batches.
+    `steer` alone would overshoot, for latents answer to a penalty only after many batches. The
+    ratio is held within [1/4, 4].
     """
-    return jax.lax.stop_gradient(jnp.clip(l0 / target, 0.25, 4.0)) ** 3
+    return jax.lax.stop_gradient(penalty * jnp.clip(l0 / target, 0.25, 4.0) ** 3)
