@@ -80,6 +80,7 @@ def test_a_product_varies_the_last_list_fastest_and_lists_add_up():
         ("architectures.py:data=synthetic,only=topk+ours,seeds=1", 3),
         ("learning_rates.py", 36),
         ("ours.py:seeds=2", 32),
+        ("l0_by_experts.py:data=owt,rates=published,seeds=1", 39),
         ("l0_by_experts.py", 117),
         ("active.py", 60),
         ("feature_scaling.py", 24),

@@ -1,8 +1,11 @@
 """What the grids share: their arguments, sizes and data, and each preset's learning rate.
 
 After its colon every grid takes: data (a file of configs/), seeds, steps, eval_tokens, l0, experts,
-latents, path (of data=array), and what its own docstring adds. 0 or nothing leaves a setting as
-the data's config file has it.
+latents, path (of data=array), rates, and what its own docstring adds. 0 or nothing leaves a setting
+as the data's config file has it. rates=tuned takes the learning rates below, found for runs of a
+few hundred steps; rates=published the rule of the published runs, for long ones:
+
+    python -m experiments.sweep --grid=configs/grids/l0_by_experts.py:data=owt,rates=published ...
 """
 
 import importlib
@@ -39,9 +42,13 @@ SIZES = ("l0", "experts", "active", "latents", "preset", "match", "seed", "path"
 def parse(arg: str, **more: Any) -> Any:
     """A grid's argument, with `more` of its own. Raises UserError as `parse_arg`."""
     shared = dict(
-        data="quickstart", seeds=3, steps=0, eval_tokens=0, l0=0, experts=0, latents=0, path=""
+        data="quickstart", seeds=3, steps=0, eval_tokens=0, l0=0, experts=0, latents=0, path="",
+        rates="tuned",
     )
-    return parse_arg(arg, **shared | more)
+    parsed = parse_arg(arg, **shared | more)
+    if parsed.rates not in ("tuned", "published"):
+        raise UserError(f"rates={parsed.rates}: choose tuned or published")
+    return parsed
 
 
 def cells(
@@ -68,8 +75,10 @@ def cells(
         given = {"l0" if name == "k" else name: value for name, value in given.items()}
         passed = {n: v for n, v in given.items() if n in SIZES and v != "both"}
         settings = config.get_config(",".join(f"{name}={v}" for name, v in passed.items()))
-        rate = TUNED.get(axes.get("preset", "paper"), TUNED["paper"])
-        if settings.sae.match == "width":  # the published rule: falls with the root of the width
-            rate *= (settings.sae.active / settings.sae.experts) ** 0.5
+        rate = 0.0
+        if arg.rates == "tuned":
+            rate = TUNED[axes.get("preset", "paper")]
+            if settings.sae.match == "width":  # as in the published rule, by the root of the width
+                rate *= (settings.sae.active / settings.sae.experts) ** 0.5
         found.append(cell(axes, settings, common | {"optim.lr": rate} | changes(axes)))
     return found

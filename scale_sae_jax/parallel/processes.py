@@ -46,7 +46,11 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     where = {"coordinator_address": coordinator, "num_processes": num_processes,
              "process_id": process_id} if any(given) else {}
     try:
-        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            **where,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
