@@ -66,6 +66,8 @@ def drawings(
          lambda: figures.quality(arms)),
         (Picture("pareto", "Quality against cost", "The line joins arms that no other one beats at "
          "the same cost or less. Time is that of this machine."), lambda: figures.pareto(arms)),
+        (Picture("generalisation", "On other text", "Lower is better. Bars are 95 % over seeds."),
+         lambda: figures.generalisation(arms)),
         (Picture("redundancy", "Latents with a twin", "Share of live latents whose largest decoder "
          "cosine with another latent exceeds the threshold."), lambda: figures.redundancy(arms)),
         (Picture("expert_load", "Load of experts", first), lambda: figures.expert_load(loads)),

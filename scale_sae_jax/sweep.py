@@ -16,7 +16,7 @@ import re
 import shlex
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -27,7 +27,7 @@ import pyarrow.parquet
 from ml_collections import ConfigDict
 
 from scale_sae_jax import workdir as folders
-from scale_sae_jax.config import Config, flatten, from_config_dict
+from scale_sae_jax.config import Config, TextConfig, flatten, from_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.run import (
@@ -35,6 +35,8 @@ from scale_sae_jax.run import (
     Heldout,
     Sources,
     check_sources,
+    evaluate_run,
+    load,
     open_sources,
     read_heldout,
     resolved,
@@ -48,16 +50,27 @@ MAIN_RESULTS = (
     "redundancy_0.7_inter", "redundancy_0.7_null", "flops_per_token", "active_width",
     "total_width", "tokens_per_second", "mcc", "uniqueness", "f1",
 )
+# Of an evaluation on another text, what a row keeps under its name.
+OTHER_TEXT = (
+    "fvu", "fvu_ci95", "mse", "delta_ce", "delta_ce_ci95", "recovered", "l0", "eval_tokens",
+    "eval_documents", "eval_documents_skipped",
+)
 Axes = dict[str, str | int | float | bool]
-Shared = dict[str, tuple[Sources, Heldout]]
+# By `inputs_key`: the sources, and the held-out reading of each text.
+Shared = dict[str, tuple[Sources, dict[str, Heldout]]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run of a grid: where it lies on the grid's axes, and its settings."""
+    """A run of a grid: where it lies on the grid's axes, and its settings.
+
+    texts: what it is evaluated on beside its own held-out text, by name; `biomedical` gives
+    columns such as biomedical_fvu.
+    """
 
     axes: Axes
     config: Config
+    texts: Mapping[str, TextConfig] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -79,7 +92,12 @@ def product(*factors: list[Axes]) -> list[Axes]:
     ]
 
 
-def cell(axes: Axes, settings: ConfigDict, overrides: Mapping[str, Any] | None = None) -> Cell:
+def cell(
+    axes: Axes,
+    settings: ConfigDict,
+    overrides: Mapping[str, Any] | None = None,
+    texts: Mapping[str, TextConfig] | None = None,
+) -> Cell:
     """A cell from what a config file's `get_config` returns.
 
     Args:
@@ -88,7 +106,7 @@ def cell(axes: Axes, settings: ConfigDict, overrides: Mapping[str, Any] | None =
     Raises UserError for settings that do not fit together, as `from_config_dict`.
     """
     settings.update_from_flattened_dict(overrides or {})
-    return Cell(axes, from_config_dict(settings))
+    return Cell(axes, from_config_dict(settings), texts or {})
 
 
 def read_grid(name: str) -> list[Cell]:
@@ -147,7 +165,9 @@ def place(here: Cell, workdir: Path) -> Cell:
     if path.is_relative_to(Path.cwd()):  # a checkout may be moved with its runs
         path = path.relative_to(Path.cwd())
     activations = dataclasses.replace(here.config.activations, path=str(path))
-    return Cell(here.axes, dataclasses.replace(here.config, activations=activations))
+    return dataclasses.replace(
+        here, config=dataclasses.replace(here.config, activations=activations)
+    )
 
 
 def inputs_key(config: Config) -> str:
@@ -195,7 +215,7 @@ def run_cell(
     """Runs a cell to its end, or on to it, and returns its results.
 
     Args:
-      shared: sources and held-out batches by `inputs_key`; this cell's are added if not there.
+      shared: what cells read alike; this cell's is added if not there.
 
     Raises Interrupted when `stop` was set. What else goes wrong is raised as it is, after its
     traceback was written to error.txt in the folder of the cell.
@@ -204,9 +224,21 @@ def run_cell(
     try:
         if key not in shared:
             check_sources(config)
-            sources = open_sources(config, folder, stop, console)
-            shared[key] = sources, read_heldout(config, config.text, sources, console)
-        results = run(config, folder, stop, console, *shared[key])
+            shared[key] = open_sources(config, folder, stop, console), {}
+        sources, readings = shared[key]
+
+        def heldout(text: TextConfig) -> Heldout:
+            name = _digest(dataclasses.asdict(text))
+            if name not in readings:
+                readings[name] = read_heldout(config, text, sources, console)
+            return readings[name]
+
+        results = run(config, folder, stop, console, sources, heldout(config.text))
+        for name, text in here.texts.items():
+            sae, params = load(folder)
+            parts = sources, heldout(text), sae, params, console
+            other = evaluate_run(config, text, folder, *parts)
+            results |= {f"{name}_{key}": other[key] for key in OTHER_TEXT}
     except Interrupted:
         raise
     except Exception:

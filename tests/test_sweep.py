@@ -19,7 +19,7 @@ from experiments import sweep as command
 from experiments import table
 from scale_sae_jax import sweep
 from scale_sae_jax.activations.array import ActivationArray
-from scale_sae_jax.config import Config, to_config_dict
+from scale_sae_jax.config import Config, TextConfig, to_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.run import Heldout, Sources, open_sources, read_heldout
 from scale_sae_jax.sae import build
@@ -88,6 +88,7 @@ def test_a_product_varies_the_last_list_fastest_and_lists_add_up():
         ("granularity.py:seeds=1", 8),
         ("load_balance.py:seeds=1", 10),
         ("gate.py:seeds=1", 20),
+        ("biomedical.py", 15),
     ),
 )
 def test_the_grids_of_this_project_have_their_cells(name, cells):
@@ -257,18 +258,24 @@ def test_cells_on_text_share_one_harvest_and_one_reading(data, tmp_path, monkeyp
         "sae.latents": 64, "sae.experts": 4, "sae.k": 4, "sae.auxk": False,
         "batch_size": 64, "steps": 10, "eval.tokens": 512, "eval.bootstrap": 10,
     }
+    other = {"other": TextConfig(path=f"{data}/other.jsonl", context=32)}
     grid = [
-        cell({"seed": seed}, to_config_dict(Config()), {**small, "seed": seed}) for seed in (0, 1)
+        cell({"seed": seed}, to_config_dict(Config()), {**small, "seed": seed}, other)
+        for seed in (0, 1)
     ]
     grid = [sweep.place(here, tmp_path) for here in grid]
     assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
-    assert calls == ["open_sources", "read_heldout"]
+    assert calls == ["open_sources", "read_heldout", "read_heldout"]
     assert len(list(tmp_path.glob("activations-*"))) == 1
     rows = table.read_rows(tmp_path)
     assert all(row["delta_ce"] is not None and row["ce_clean"] for row in rows)
     assert rows[0]["ce_clean"] == rows[1]["ce_clean"] and rows[0]["fvu"] != rows[1]["fvu"]
     for row in rows:
-        found = json.loads((tmp_path / row["folder"] / "eval.json").read_text())
+        evals = [json.loads(p.read_text()) for p in (tmp_path / row["folder"] / "evals").iterdir()]
+        (on_other,) = (e for e in evals if e["eval_text"].endswith("other.jsonl"))
+        (found,) = (e for e in evals if e is not on_other)
+        assert row["other_fvu"] == on_other["fvu"] != row["fvu"]
+        assert row["other_eval_tokens"] == on_other["eval_tokens"] > 0
         assert [row["fvu_ci95_lo"], row["fvu_ci95_hi"]] == found.pop("fvu_ci95")
         kept = {key: value for key, value in found.items() if not isinstance(value, list)}
         assert kept.items() <= row.items() and kept["eval_documents"] > 1

@@ -10,10 +10,10 @@ few hundred steps; rates=published the rule of the published runs, for long ones
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from scale_sae_jax.config import parse_arg
+from scale_sae_jax.config import TextConfig, parse_arg
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sweep import Axes, Cell, axis, cell, product
 
@@ -52,7 +52,10 @@ def parse(arg: str, **more: Any) -> Any:
 
 
 def cells(
-    arg: Any, points: list[Axes], changes: Callable[[Axes], dict[str, Any]] = lambda axes: {}
+    arg: Any,
+    points: list[Axes],
+    changes: Callable[[Axes], dict[str, Any]] = lambda axes: {},
+    texts: Mapping[str, TextConfig] | None = None,
 ) -> list[Cell]:
     """A cell for each point and seed.
 
@@ -60,6 +63,7 @@ def cells(
       points: axes with the names of a config's argument (experts, active, latents, preset, match,
         and k, which is l0 there) are passed to the data's config; 'both' of match leaves it out.
       changes: settings by dotted names for what other axes mean.
+      texts: to evaluate on beside the data's own held-out text, by name.
 
     Raises UserError for an unknown config file or preset, and sizes that do not fit.
     """
@@ -77,8 +81,8 @@ def cells(
         settings = config.get_config(",".join(f"{name}={v}" for name, v in passed.items()))
         rate = 0.0
         if arg.rates == "tuned":
-            rate = TUNED[axes.get("preset", "paper")]
+            rate = TUNED.get(axes.get("preset"), TUNED["paper"])
             if settings.sae.match == "width":  # as in the published rule, by the root of the width
                 rate *= (settings.sae.active / settings.sae.experts) ** 0.5
-        found.append(cell(axes, settings, common | {"optim.lr": rate} | changes(axes)))
+        found.append(cell(axes, settings, common | {"optim.lr": rate} | changes(axes), texts))
     return found

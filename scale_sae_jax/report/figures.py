@@ -105,6 +105,26 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
     return front
 
 
+def generalisation(arms: list[Arm]) -> Figure | None:
+    """FVU on the held-out text of training, and on each other text that cells were evaluated on."""
+    columns = dict.fromkeys(
+        name for arm in arms for name in arm.rows[0] if name.endswith("_fvu")
+    )
+    if not columns:
+        return None
+    figure, (axes,) = _axes(1, height=1.3 + 0.28 * len(arms))
+    for column, mark in zip(["fvu", *columns], "os^vD", strict=False):
+        found = [(arm.interval(column), place) for place, arm in enumerate(arms)]
+        x, y, half = zip(*((i.mean, place, i.half) for i, place in found if i), strict=True)
+        label = "held-out text of training" if column == "fvu" else column.removesuffix("_fvu")
+        axes.errorbar(x, y, xerr=half, fmt=mark, capsize=3, label=label)
+    axes.set(xlabel="FVU", yticks=range(len(arms)))
+    axes.set_yticklabels([arm.name for arm in arms])
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
 def redundancy(arms: list[Arm]) -> Figure | None:
     """Share of live latents with a twin, by the cosine that makes one, and where the twin is."""
     arms = [arm for arm in arms if arm.values("redundancy_0.7")]
