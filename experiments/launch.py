@@ -11,6 +11,7 @@ experiments.sweep for a grid, and its --workdir a folder that all processes shar
 cut short, the same job again resumes (docs/scaling.md).
 """
 
+import contextlib
 import os
 import shlex
 import socket
@@ -109,10 +110,11 @@ def run_together(commands: list[Command], cpu_devices: int) -> int:
     if cpu_devices:
         env |= {"JAX_NUM_CPU_DEVICES": str(cpu_devices), "JAX_PLATFORMS": "cpu"}
     running = [subprocess.Popen(command, env=env) for command in commands]
-    try:
-        return next(filter(None, [process.wait() for process in running]), 0)
-    except KeyboardInterrupt:  # each of them got it too, and saves
-        return next(filter(None, [process.wait() for process in running]), 0)
+    while any(process.poll() is None for process in running):
+        with contextlib.suppress(KeyboardInterrupt):  # each of them got it too, and saves
+            for process in running:
+                process.wait()
+    return next(filter(None, (process.returncode for process in running)), 0)
 
 
 def _start(command: Command, **options) -> int:

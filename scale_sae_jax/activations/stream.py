@@ -2,9 +2,10 @@
 
 Training takes its batches from a buffer of `config.activations.buffer` batches. The model fills it
 from the next rows of text; each device shuffles the activations of its own rows, and gives batches
-until the buffer is used up. What a buffer holds is a pure function of the text, the seed and its
-number, so a resumed run goes on with the same batches, on the same mesh. Nothing is written, and no
-activation passes through a host; tokens that the masks leave out are never trained on.
+until the buffer is used up. Of several processes each reads its own documents, every P-th of the
+text. What a buffer holds is a pure function of the text, the seed and its number, so a resumed run
+goes on with the same batches, on the same mesh and processes. Nothing is written, and no activation
+passes through a host; tokens that the masks leave out are never trained on.
 """
 
 from collections.abc import Iterator
@@ -90,16 +91,19 @@ class ActivationStream:
         for rows in islice(self._rows, self._calls):
             flags = token_flags(rows.tokens, rows.segments, special)
             inputs = rows.tokens, rows.segments, keep(flags, self._config.activations)
-            yield self._run(self._params, *jax.device_put(inputs, by_row), np.float32(limit))
+            here = (jax.make_array_from_process_local_data(by_row, array) for array in inputs)
+            yield self._run(self._params, *here, np.float32(limit))
         self._number = number
 
     def _endless_rows(self) -> Iterator[TokenRows]:
+        """This process's rows of each call, passes over its documents one after the other."""
         text, tokenizer = self._config.text, self._lm.tokenizer
+        number, count = jax.process_index(), jax.process_count()
 
         def one_pass() -> Iterator[TokenRows]:
-            documents = training_documents(text)
+            documents = islice(training_documents(text), number, None, count)
             rows = pack(documents, tokenizer, text.context, text.packing, text.bos)
-            return row_batches(rows, self._rows_per_call)
+            return row_batches(rows, self._rows_per_call // count)
 
         if next(one_pass(), None) is None:
             raise UserError(f"{text.path} has no document to train on: give more text")

@@ -36,11 +36,8 @@ def quality(arms: list[Arm]) -> Figure | None:
             found = arm.interval(column)
             if found:
                 axes.errorbar(found.mean, place, xerr=found.half, fmt="o", color="C0", capsize=3)
-        axes.set(xlabel=QUALITY[column], yticks=range(len(ranked)))
-        axes.grid(axis="x", alpha=0.3)
-    every[0].set_yticklabels([arm.name for arm in ranked])
-    for axes in every[1:]:
-        axes.set_yticklabels([])
+        axes.set(xlabel=QUALITY[column])
+    _name_rows(every, ranked)
     return figure
 
 
@@ -118,9 +115,8 @@ def generalisation(arms: list[Arm]) -> Figure | None:
         x, y, half = zip(*((i.mean, place, i.half) for i, place in found if i), strict=True)
         label = "held-out text of training" if column == "fvu" else column.removesuffix("_fvu")
         axes.errorbar(x, y, xerr=half, fmt=mark, capsize=3, label=label)
-    axes.set(xlabel="FVU", yticks=range(len(arms)))
-    axes.set_yticklabels([arm.name for arm in arms])
-    axes.grid(axis="x", alpha=0.3)
+    axes.set(xlabel="FVU")
+    _name_rows([axes], arms)
     figure.legend(loc="outside upper center", ncols=3)
     return figure
 
@@ -140,11 +136,8 @@ def redundancy(arms: list[Arm]) -> Figure | None:
             if known:
                 x, y, half = zip(*known, strict=True)
                 axes.errorbar(x, y, xerr=half, fmt=mark, capsize=2, label=label)
-        axes.set(xlabel=f"cosine > {threshold}", yticks=range(len(arms)))
-        axes.grid(axis="x", alpha=0.3)
-    every[0].set_yticklabels([arm.name for arm in arms])
-    for axes in every[1:]:
-        axes.set_yticklabels([])
+        axes.set(xlabel=f"cosine > {threshold}")
+    _name_rows(every, arms)
     figure.legend(*every[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
@@ -211,6 +204,14 @@ def _axes(
     figure = Figure(figsize=(4.6 * count + 1.5, height), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False, sharex=sharex)
     return figure, list(axes[0])
+
+
+def _name_rows(every: list[Any], arms: list[Arm]) -> None:
+    """A row an arm, named at the left of the first axes."""
+    for axes in every:
+        axes.set(yticks=range(len(arms)), yticklabels=[])
+        axes.grid(axis="x", alpha=0.3)
+    every[0].set_yticklabels([arm.name for arm in arms])
 
 
 def _mean(arm: Arm, column: str) -> float:
