@@ -85,7 +85,7 @@ def main() -> None:
     experts = build(config.sae, width).experts
     mesh = mesh_of(config, experts)
     devices = math.prod(mesh.values())
-    if config.batch_size % devices:
+    if config.batch_size % devices:  # as mesh_of_run, for devices that are not there
         raise UserError(
             f"config.batch_size = {config.batch_size} cannot be split over {devices} devices: "
             f"take {-(-config.batch_size // devices) * devices}"

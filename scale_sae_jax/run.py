@@ -30,7 +30,7 @@ from scale_sae_jax.evaluation.heldout import array_batches, text_batches
 from scale_sae_jax.lm import LanguageModel, inspect_language_model, load_language_model
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.parallel.experts import on_mesh
-from scale_sae_jax.parallel.mesh import make_mesh
+from scale_sae_jax.parallel.mesh import mesh_of_run
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.sae.registry import build
 from scale_sae_jax.text.sources import check_text
@@ -95,6 +95,12 @@ def check_sources(config: Config) -> None:
     check_text(config.text)
 
 
+def check_run(config: Config) -> None:
+    """`check_sources`, and what the architecture and the devices at hand do not allow."""
+    check_sources(config)
+    mesh_of_run(config, _experts(config))
+
+
 def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -> Sources:
     """The activations to train on, harvested now if the store is not complete.
 
@@ -106,7 +112,7 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
         return Sources(*open_array(config.activations.path, config.text.heldout_fraction), None)
     lm = load_language_model(config.lm)
     if config.activations.buffer:
-        mesh = make_mesh(config.mesh, 1 if config.sae.match else config.sae.experts)
+        mesh = mesh_of_run(config, _experts(config))
         return Sources(ActivationStream(lm, config, mesh), None, lm)
     path = Path(config.activations.path or workdir / "activations")
 
@@ -167,9 +173,7 @@ def run(
     Returns the contents of eval.json. Raises UserError for a user's mistake, before any work where
     it can be told by then, and Interrupted when `stop` was set; the same call then resumes.
     """
-    check_sources(config)
-    if config.sae.match != "time":
-        build(config.sae, 1)  # an unknown architecture, or sizes that it cannot have
+    check_run(config)
     for remark in processes.lead_alone(lambda: folders.claim(config, workdir)) or []:
         console.note(remark)
     sources = sources or open_sources(config, workdir, stop, console)
@@ -287,6 +291,11 @@ def sized(config: Config, workdir: Path, width: int) -> Config:
         raise UserError(f"{path} does not hold a number of latents: start a new run")
     sae = dataclasses.replace(config.sae, latents=latents, experts=1, active=1)
     return dataclasses.replace(config, sae=sae)
+
+
+def _experts(config: Config) -> int:
+    """Experts of the run. Raises UserError for sizes that its architecture cannot have."""
+    return 1 if config.sae.match == "time" else build(config.sae, 1).experts
 
 
 def _name_of_data(config: Config, text: TextConfig) -> str:

@@ -34,7 +34,7 @@ from scale_sae_jax.run import (
     Console,
     Heldout,
     Sources,
-    check_sources,
+    check_run,
     evaluate_run,
     load,
     open_sources,
@@ -223,7 +223,7 @@ def run_cell(
     config, folder, key = here.config, workdir / here.name, inputs_key(here.config)
     try:
         if key not in shared:
-            check_sources(config)
+            check_run(config)
             shared[key] = open_sources(config, folder, stop, console), {}
         sources, readings = shared[key]
 

@@ -287,6 +287,7 @@ def test_batches_that_do_not_split_are_refused(run_config, tmp_path):
     config = dataclasses.replace(run_config, mesh="", batch_size=60)
     with pytest.raises(UserError, match="batch_size = 60 cannot be split over 8 devices: take 64"):
         run(config, tmp_path, Event())
+    assert not list(tmp_path.iterdir())  # before any work
     sae, params, x, _ = start(SAE)
     sharded, there = on("data:2,expert:4", sae, params)
     with pytest.raises(UserError, match="batch of 3 activations cannot be split over 8 devices"):

@@ -165,7 +165,7 @@ def fake(monkeypatch):
         calls.append(f"sources {config.activations.path}")
         return Sources(dataclasses.replace(part, identity=config.activations.path), part, None)
 
-    monkeypatch.setattr(sweep, "check_sources", lambda config: None)
+    monkeypatch.setattr(sweep, "check_run", lambda config: None)
     monkeypatch.setattr(sweep, "open_sources", open_sources)
     monkeypatch.setattr(sweep, "read_heldout", lambda *_: Heldout([], 0, 0))
     monkeypatch.setattr(sweep, "run", run)

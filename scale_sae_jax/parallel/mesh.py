@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from scale_sae_jax.config import Config
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae.shards import DATA, EXPERT
 
@@ -43,6 +44,18 @@ def make_mesh(spec: str, experts: int, devices: int | None = None) -> Mesh:
     return jax.make_mesh(
         (sizes[DATA], sizes[EXPERT]), (DATA, EXPERT), (AxisType.Auto,) * 2, devices=used
     )
+
+
+def mesh_of_run(config: Config, experts: int) -> Mesh:
+    """The mesh of a run. Raises UserError as `make_mesh`, and where batches cannot be split over it.
+    """
+    mesh = make_mesh(config.mesh, experts)
+    if config.batch_size % mesh.size:
+        raise UserError(
+            f"config.batch_size = {config.batch_size} cannot be split over {mesh.size} devices: "
+            f"take {-(-config.batch_size // mesh.size) * mesh.size}, or a smaller config.mesh"
+        )
+    return mesh
 
 
 def parse_mesh(spec: str, experts: int, devices: int) -> dict[str, int]:

@@ -19,7 +19,7 @@ from scale_sae_jax.config import Config
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.parallel.experts import on_mesh
-from scale_sae_jax.parallel.mesh import EVERYWHERE, TOKENS, make_mesh
+from scale_sae_jax.parallel.mesh import EVERYWHERE, TOKENS, mesh_of_run
 from scale_sae_jax.sae.autoencoder import Autoencoder
 from scale_sae_jax.sae.registry import build
 from scale_sae_jax.training import metrics, state
@@ -75,12 +75,7 @@ def train(
     or the gradient is no longer finite; checkpoints before that step stay.
     """
     sae = build(config.sae, activations.d)
-    mesh = make_mesh(config.mesh, sae.experts)
-    if config.batch_size % mesh.size:
-        raise UserError(
-            f"config.batch_size = {config.batch_size} cannot be split over {mesh.size} devices: "
-            f"take {-(-config.batch_size // mesh.size) * mesh.size}, or a smaller config.mesh"
-        )
+    mesh = mesh_of_run(config, sae.experts)
     sae = on_mesh(sae, mesh)
     tx = optimiser(config.optim, sae.latents, config.steps, sae.config.decoder_norm)
     rate = schedule(config.optim, sae.latents, config.steps)
