@@ -47,8 +47,7 @@ def make_mesh(spec: str, experts: int, devices: int | None = None) -> Mesh:
 
 
 def mesh_of_run(config: Config, experts: int) -> Mesh:
-    """The mesh of a run. Raises UserError as `make_mesh`, and where batches cannot be split over it.
-    """
+    """The mesh of a run. Raises UserError as `make_mesh`, or if batches cannot be split over it."""
     mesh = make_mesh(config.mesh, experts)
     if config.batch_size % mesh.size:
         raise UserError(

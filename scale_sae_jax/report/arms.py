@@ -30,7 +30,7 @@ class Arm:
             str(v) if isinstance(v, str) else f"{n}={v}" for n, v in self.axes.items()
         ) or "all"
 
-    def values(self, column: str) -> list[int | float]:
+    def values(self, column: str) -> list[Any]:
         """A result in each of its cells, where it is defined."""
         return [row[column] for row in self.rows if row.get(column) is not None]
 
