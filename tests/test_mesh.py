@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sums import sums_of_three
 
 import scale_sae_jax
 import scale_sae_jax.run
@@ -52,11 +53,8 @@ RUN = Config(
 @pytest.fixture(scope="module")
 def run_config(tmp_path_factory):
     """A run on an array of sums of three of 24 directions."""
-    rng = np.random.default_rng(0)
-    features, chosen = rng.normal(size=(24, 16)), rng.random((1024, 24)).argsort(1)[:, :3]
-    x = (features[chosen] * rng.uniform(1, 2, (1024, 3, 1))).sum(1) + 1
     path = tmp_path_factory.mktemp("array") / "x.npy"
-    np.save(path, x.astype(np.float32))
+    np.save(path, sums_of_three(1024))
     activations = ActivationsConfig(path=str(path))
     text = TextConfig(heldout_fraction=0.25)
     return dataclasses.replace(RUN, activations=activations, text=text)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sums import sums_of_three
 
 import scale_sae_jax
 from scale_sae_jax.errors import UserError
@@ -24,11 +25,8 @@ SETTINGS = ("batch_size=64", "log_every=10", "checkpoint_every=20", "optim.lr=1e
 @pytest.fixture(scope="module")
 def array(tmp_path_factory):
     """Sums of three of 24 directions."""
-    rng = np.random.default_rng(0)
-    features, chosen = rng.normal(size=(24, 16)), rng.random((4096, 24)).argsort(1)[:, :3]
-    x = (features[chosen] * rng.uniform(1, 2, (4096, 3, 1))).sum(1) + 1
     path = tmp_path_factory.mktemp("array") / "x.npy"
-    np.save(path, x.astype(np.float32))
+    np.save(path, sums_of_three(4096))
     return path
 
 

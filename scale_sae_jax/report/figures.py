@@ -144,28 +144,29 @@ def redundancy(arms: list[Arm]) -> Figure | None:
 
 def expert_load(loads: dict[str, Float[np.ndarray, " N"]]) -> Figure | None:
     """Share of the routing that each expert gets, the busiest first, against an even share."""
-    if not loads:
-        return None
-    figure, (axes,) = _axes(1)
-    by_name = colours(list(loads))
-    for name, load in loads.items():
-        axes.plot(np.sort(load)[::-1] * len(load), marker=".", label=name, color=by_name[name])
-    axes.axhline(1, color="0.6", lw=1)
-    axes.set(xlabel="experts, the busiest first", ylabel="share of the routing / even share")
-    axes.legend(fontsize="small")
-    return figure
+    curves = {name: np.sort(load)[::-1] * len(load) for name, load in loads.items()}
+    labels = "experts, the busiest first", "share of the routing / even share"
+    return _over_experts(curves, 1.0, *labels)
 
 
 def omega(values: dict[str, Float[np.ndarray, " N"]]) -> Figure | None:
     """omega of each expert: what feature scaling learned (Scale SAE, section 3)."""
-    if not values:
+    curves = {name: np.sort(value) for name, value in values.items()}
+    return _over_experts(curves, 0.0, "experts, by omega", "omega")
+
+
+def _over_experts(
+    curves: dict[str, Float[np.ndarray, " N"]], level: float, xlabel: str, ylabel: str
+) -> Figure | None:
+    """A curve an arm over its experts, and a line where nothing has happened."""
+    if not curves:
         return None
     figure, (axes,) = _axes(1)
-    by_name = colours(list(values))
-    for name, value in values.items():
-        axes.plot(np.sort(value), marker=".", label=name, color=by_name[name])
-    axes.axhline(0, color="0.6", lw=1)
-    axes.set(xlabel="experts, by omega", ylabel="omega")
+    by_name = colours(list(curves))
+    for name, curve in curves.items():
+        axes.plot(curve, marker=".", label=name, color=by_name[name])
+    axes.axhline(level, color="0.6", lw=1)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(fontsize="small")
     return figure
 
