@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import jax
 import numpy as np
 import pytest
-import tokenizers
+from small_model import VOCAB, WIDTH, write_model
 
 import scale_sae_jax
 from scale_sae_jax.sae import build
@@ -23,7 +22,7 @@ from scale_sae_jax.training.optim import optimiser
 from scale_sae_jax.workdir import read_config
 
 ROOT = Path(__file__).parent.parent
-VOCAB, WIDTH, STEPS = 400, 32, 1500
+STEPS = 1500
 COSINES = ("redundancy_0.7", "redundancy_0.8", "redundancy_0.9", "max_cosine_mean")
 KEYS = set(
     """mse fvu fvu_all cosine norm_ratio relative_bias l0 l0_p5 l0_p95 dead density
@@ -59,28 +58,6 @@ def data(tmp_path_factory):
     np.save(folder / "solid.npy", np.zeros((4, 4, 4), np.float32))
     np.save(folder / "nan.npy", np.full((40, 4), np.nan, np.float32))
     return folder
-
-
-def write_model(folder, documents):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torch
-        import transformers
-
-        torch.manual_seed(0)
-        sizes = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64}
-        config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
-        transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    special = {"special_tokens": ["<|endoftext|>"], "show_progress": False}
-    sizes = {"vocab_size": VOCAB, "initial_alphabet": byte_level.alphabet()}
-    trainer = tokenizers.trainers.BpeTrainer(**sizes, **special)
-    backend.train_from_iterator(documents[:20], trainer)
-    backend.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def flags(workdir, config, **settings):
