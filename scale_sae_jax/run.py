@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -33,7 +34,7 @@ from scale_sae_jax.parallel.experts import on_mesh
 from scale_sae_jax.parallel.mesh import mesh_of_run
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.sae.registry import build
-from scale_sae_jax.text.sources import check_text
+from scale_sae_jax.text.sources import Document, check_text
 from scale_sae_jax.text.splits import heldout_documents
 from scale_sae_jax.training import metrics, state
 from scale_sae_jax.training.checkpoints import Checkpoints
@@ -128,6 +129,25 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
     return Sources(store, None, lm)
 
 
+def heldout_text(
+    config: Config,
+    text: TextConfig,
+    sources: Sources,
+    on_skip: Callable[[Document], object] = lambda document: None,
+) -> Iterator[EvalBatch]:
+    """Batches of `config.eval.tokens` tokens of `text` that were never trained on, as they come.
+
+    Args:
+      sources: those of a run with a language model.
+      on_skip: called with every document left out because it was trained on.
+    """
+    same = dataclasses.replace(text, max_documents=0, context=0) == dataclasses.replace(
+        config.text, max_documents=0, context=0
+    )
+    documents = heldout_documents(text, sources.train.documents(), same, on_skip)
+    return text_batches(dataclasses.replace(config, text=text), sources.lm, documents)
+
+
 def read_heldout(
     config: Config, text: TextConfig, sources: Sources, console: Console = Console()
 ) -> Heldout:
@@ -141,11 +161,7 @@ def read_heldout(
     if sources.lm is None:
         batches = array_batches(sources.heldout, config.eval.tokens)
     else:
-        same = dataclasses.replace(text, max_documents=0, context=0) == dataclasses.replace(
-            config.text, max_documents=0, context=0
-        )
-        documents = heldout_documents(text, sources.train.documents(), same, skipped.append)
-        batches = text_batches(dataclasses.replace(config, text=text), sources.lm, documents)
+        batches = heldout_text(config, text, sources, skipped.append)
     kept, tokens = [], 0
     for batch in batches:
         kept.append(batch._replace(x=np.asarray(batch.x)))

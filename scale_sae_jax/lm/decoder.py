@@ -77,6 +77,19 @@ class Decoder(nn.Module):
             "bsd,vd->bsv", self.final_norm(hidden), table, preferred_element_type=jnp.float32
         )
 
+    def direct_logits(self, directions: Float[Array, "n D"]) -> Float[Array, "n V"]:
+        """What residual directions add to the logits, up to the norm of the stream; float32.
+
+        The unembedding of the direction times the final norm's gain; a LayerNorm also takes its
+        mean away. The division by the stream's norm, one factor for all tokens, is left out, and so
+        is the direction's own part in that norm.
+        """
+        if isinstance(self.final_norm, nn.LayerNorm):
+            directions = directions - directions.mean(-1, keepdims=True)
+        gain = self.final_norm.variables["params"]["scale"]
+        table = self.embedding if self.config.tied else self.unembedding
+        return jnp.einsum("nd,vd->nv", directions * gain, table, preferred_element_type=jnp.float32)
+
     def run_to(
         self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"], layer: int
     ) -> Float[Array, "B S D"]:

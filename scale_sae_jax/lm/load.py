@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -100,14 +101,25 @@ class LanguageModel:
         """Next-token logits, float32."""
         return self._apply("__call__", params, tokens, segments)
 
+    def direct_logits(
+        self, params: PyTree, directions: Float[Array | np.ndarray, "n D"]
+    ) -> Float[Array, "n V"]:
+        """What residual directions add to the logits through the final norm's gain alone."""
+        arrays = jnp.asarray(directions).astype(self.module.dtype)
+        with self._precision():
+            return self.module.apply({"params": params}, arrays, method="direct_logits")
+
+    def _precision(self) -> AbstractContextManager:
+        full = self.module.dtype == jnp.float32
+        return jax.default_matmul_precision("float32" if full else "default")
+
     def _apply(self, method: str, params: PyTree, inputs: Any, segments: Any, *layer: int) -> Array:
         if segments.shape[1] > self.max_context:
             raise UserError(
                 f"rows of {segments.shape[1]} tokens exceed the {self.max_context} positions of "
                 f"{self.name}: lower config.text.context"
             )
-        full = self.module.dtype == jnp.float32
-        with jax.default_matmul_precision("float32" if full else "default"):
+        with self._precision():
             arrays = jnp.asarray(inputs), jnp.asarray(segments)
             return self.module.apply({"params": params}, *arrays, *layer, method=method)
 

@@ -1,0 +1,235 @@
+"""Where latents fire: counts, histograms and contexts of every latent, in one pass over text.
+
+A latent's *peak* is its largest activation in one piece of a document; a piece gives at most one
+context, the window of tokens around the peak. Of each latent are kept the `top` largest peaks and
+a uniform sample of all of them: those with the smallest hash. Both are independent of how the text
+is cut into batches, and memory grows with latents, not with text.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt64
+
+OUTSIDE = -1  # token id of a place in a window that lies outside of the piece
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to keep of each latent.
+
+    top: contexts with the largest peaks. sampled: contexts of the uniform sample. before, after:
+    tokens of a window on the two sides of the peak. bins: of the histogram, a power of two.
+    """
+
+    top: int = 10
+    sampled: int = 12
+    before: int = 16
+    after: int = 8
+    bins: int = 32
+
+
+class Peaks(NamedTuple):
+    """E peaks by latent, each with its window of W = before + 1 + after places."""
+
+    latent: Int[np.ndarray, " E"]
+    value: Float[np.ndarray, " E"]
+    row: Int[np.ndarray, " E"]  # running number of the row of text
+    position: Int[np.ndarray, " E"]  # in the row
+    tokens: Int[np.ndarray, "E W"]  # OUTSIDE where the piece has none
+    acts: Float[np.ndarray, "E W"]  # of the peak's latent
+
+    def of(self, latent: int) -> "Peaks":
+        """Those of one latent."""
+        first, last = np.searchsorted(self.latent, (latent, latent + 1))
+        return Peaks(*(field[first:last] for field in self))
+
+
+class Contexts(NamedTuple):
+    """What is known of M latents after some text.
+
+    firing [M]: kept tokens on which each fires. pieces [M]: pieces of text in which it does.
+    histogram [M, bins]: its activations in equal bins of [0, 2^exponent), exponent [M] the least
+    that holds them all. top: largest peaks first. sample: in the order of their hash. tokens: kept
+    tokens read. rows: rows of text read.
+    """
+
+    firing: Int[np.ndarray, " M"]
+    pieces: Int[np.ndarray, " M"]
+    histogram: Int[np.ndarray, "M bins"]
+    exponent: Int[np.ndarray, " M"]
+    top: Peaks
+    sample: Peaks
+    tokens: int
+    rows: int
+
+
+class Fired(NamedTuple):
+    """E (row, latent, position) of one batch where a latent fires, in this order."""
+
+    row: Int[np.ndarray, " E"]  # in the batch
+    latent: Int[np.ndarray, " E"]
+    position: Int[np.ndarray, " E"]
+    value: Float[np.ndarray, " E"]
+
+
+def nothing_read(latents: int, plan: Plan) -> Contexts:
+    """The contexts of `latents` latents before any text."""
+    counts, width = np.zeros(latents, np.int64), plan.before + 1 + plan.after
+    none = Peaks(
+        np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64),
+        np.zeros(0, np.int64), np.zeros((0, width), np.int64), np.zeros((0, width), np.float32),
+    )
+    histogram = np.zeros((latents, plan.bins), np.int64)
+    lowest = np.full(latents, np.iinfo(np.int16).min, np.int64)
+    return Contexts(counts, counts, histogram, lowest, none, none, 0, 0)
+
+
+def read(
+    contexts: Contexts,
+    plan: Plan,
+    values: Float[np.ndarray, "B S K"],
+    ids: Int[np.ndarray, "B S K"],
+    kept: Bool[np.ndarray, "B S"],
+    tokens: Int[np.ndarray, "B S"],
+    segments: Int[np.ndarray, "B S"],
+) -> Contexts:
+    """The contexts after one more batch of rows.
+
+    Args:
+      values, ids: codes, 0 where a slot is unused. kept: positions that count.
+      tokens, segments: the rows; 0 is padding, equal numbers are one piece of a document.
+    """
+    latents, length = len(contexts.firing), tokens.shape[1]
+    fired = events(values, ids, kept)
+    peak = peaks_of_pieces(fired, segments)
+    row = contexts.rows + fired.row[peak]
+    latent, value, position = fired.latent[peak], fired.value[peak], fired.position[peak]
+
+    def merged(before: Peaks, key_before: np.ndarray, key: np.ndarray, most: int) -> Peaks:
+        """The `most` peaks of each latent with the smallest keys; windows are made for these."""
+        chosen = smallest(
+            np.concatenate([before.latent, latent]),
+            np.concatenate([key_before, key]),
+            np.concatenate([before.row, row]) * length + np.concatenate([before.position, position]),
+            most,
+        )
+        new = chosen[chosen >= len(before.latent)] - len(before.latent)
+        place = fired.row[peak][new], latent[new], position[new]
+        window = windows(plan, fired, latents, tokens, segments, *place)
+        added = Peaks(latent[new], value[new], row[new], position[new], *window)
+        # Peaks that are new and stay come last in the joined arrays, in the order of `chosen`.
+        index = chosen.copy()
+        index[chosen >= len(before.latent)] = len(before.latent) + np.arange(len(new))
+        return Peaks(*(np.concatenate(pair)[index] for pair in zip(before, added, strict=True)))
+
+    top, sample = contexts.top, contexts.sample
+    hashes = spread(sample.row, sample.position, sample.latent), spread(row, position, latent)
+    histogram, exponent = counted(contexts.histogram, contexts.exponent, fired)
+    return Contexts(
+        firing=contexts.firing + np.bincount(fired.latent, minlength=latents),
+        pieces=contexts.pieces + np.bincount(latent, minlength=latents),
+        histogram=histogram,
+        exponent=exponent,
+        top=merged(top, -top.value, -value, plan.top),
+        sample=merged(sample, *hashes, plan.sampled),
+        tokens=contexts.tokens + int(kept.sum()),
+        rows=contexts.rows + len(tokens),
+    )
+
+
+def events(
+    values: Float[np.ndarray, "B S K"],
+    ids: Int[np.ndarray, "B S K"],
+    kept: Bool[np.ndarray, "B S"],
+) -> Fired:
+    """Where latents fire at kept positions."""
+    row, position, slot = np.nonzero((values != 0) & kept[..., None])
+    latent = ids[row, position, slot].astype(np.int64)
+    order = np.lexsort((position, latent, row))
+    value = values[row, position, slot].astype(np.float32)
+    return Fired(row[order], latent[order], position[order], value[order])
+
+
+def peaks_of_pieces(
+    fired: Fired, segments: Int[np.ndarray, "B S"]
+) -> Int[np.ndarray, " G"]:
+    """Indices of the largest event of each (row, latent, piece); the first of equal ones."""
+    piece = segments[fired.row, fired.position]
+    keys = np.stack([fired.row, fired.latent, piece])
+    starts = np.ones(keys.shape[1], bool)
+    starts[1:] = (keys[:, 1:] != keys[:, :-1]).any(0)
+    group = np.cumsum(starts) - 1
+    order = np.lexsort((fired.position, -fired.value, group))
+    return order[starts]  # a group has the same places in both orders
+
+
+def smallest(
+    latent: Int[np.ndarray, " E"], key: np.ndarray, tie: Int[np.ndarray, " E"], most: int
+) -> Int[np.ndarray, " C"]:
+    """Indices of the `most` events of each latent with the smallest keys, by latent and key."""
+    order = np.lexsort((tie, key, latent))
+    ordered = latent[order]
+    rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return order[rank < most]
+
+
+def windows(
+    plan: Plan,
+    fired: Fired,
+    latents: int,
+    tokens: Int[np.ndarray, "B S"],
+    segments: Int[np.ndarray, "B S"],
+    row: Int[np.ndarray, " E"],
+    latent: Int[np.ndarray, " E"],
+    position: Int[np.ndarray, " E"],
+) -> tuple[Int[np.ndarray, "E W"], Float[np.ndarray, "E W"]]:
+    """Tokens around E places of a batch, and the activations of the place's latent on them."""
+    length = tokens.shape[1]
+    places = position[:, None] + np.arange(-plan.before, plan.after + 1)  # [E, W]
+    clipped = places.clip(0, length - 1)
+    same = segments[row[:, None], clipped] == segments[row, position][:, None]
+    inside = same & (places == clipped)
+    found = np.where(inside, tokens[row[:, None], clipped], OUTSIDE).astype(np.int64)
+    have = (fired.row * latents + fired.latent) * length + fired.position  # ascending
+    want = (row * latents + latent)[:, None] * length + clipped
+    at = np.searchsorted(have, want).clip(max=len(have) - 1)
+    hit = inside & (have[at] == want)
+    return found, np.where(hit, fired.value[at], 0).astype(np.float32)
+
+
+def spread(
+    row: Int[np.ndarray, " E"], position: Int[np.ndarray, " E"], latent: Int[np.ndarray, " E"]
+) -> UInt64[np.ndarray, " E"]:
+    """A hash of each event, uniform over 64 bits (the finaliser of SplitMix64, twice)."""
+
+    def mix(z: np.ndarray) -> np.ndarray:
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    place = (row.astype(np.uint64) << np.uint64(20)) + position.astype(np.uint64)
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    return mix(mix(place + golden) + (latent.astype(np.uint64) + np.uint64(1)) * golden)
+
+
+def counted(
+    histogram: Int[np.ndarray, "M bins"], exponent: Int[np.ndarray, " M"], fired: Fired
+) -> tuple[Int[np.ndarray, "M bins"], Int[np.ndarray, " M"]]:
+    """The histogram with more events; where a latent outgrows its range, the range doubles.
+
+    Bins of a range are pairs, or runs, of the bins of a smaller one, so no event is counted in a
+    bin that it would not be in had the range been known from the start.
+    """
+    latents, bins = histogram.shape
+    needed = exponent.copy()
+    np.maximum.at(needed, fired.latent, np.frexp(fired.value)[1])
+    grown = (needed - exponent).clip(max=bins.bit_length())
+    latent, old = np.indices(histogram.shape)
+    places = latent * bins + (old >> grown[:, None])
+    total = np.bincount(places.ravel(), histogram.ravel(), latents * bins)
+    share = np.ldexp(fired.value.astype(np.float64), -needed[fired.latent])  # in [0, 1)
+    place = fired.latent * bins + (share * bins).astype(np.int64).clip(0, bins - 1)
+    total += np.bincount(place, minlength=latents * bins)
+    return total.astype(np.int64).reshape(latents, bins), needed

@@ -1,0 +1,82 @@
+"""Decoder directions side by side: each latent's nearest ones, and a map of all of them."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+BLOCK = 512  # latents compared with all others at a time
+
+
+class Nearest(NamedTuple):
+    """The k nearest other live latents of each of M, by decoder cosine, nearest first.
+
+    Of the same expert (intra) and of other experts (inter); id -1 and cosine 0 where there are no
+    more.
+    """
+
+    intra: Int[np.ndarray, "M k"]
+    intra_cosine: Float[np.ndarray, "M k"]
+    inter: Int[np.ndarray, "M k"]
+    inter_cosine: Float[np.ndarray, "M k"]
+
+
+def nearest(
+    decoder: Float[Array | np.ndarray, "M D"], live: Bool[np.ndarray, " M"], experts: int, k: int
+) -> Nearest:
+    """Nearest live latents of all M, dead ones included. `experts` have M / experts rows each."""
+    unit, live = _unit(jnp.asarray(decoder)), jnp.asarray(live)
+    k, size = min(k, len(unit)), len(unit) // experts
+    parts = [
+        _nearest_of(unit, live, jnp.arange(start, start + BLOCK) % len(unit), size, k)
+        for start in range(0, len(unit), BLOCK)
+    ]
+    whole = (np.concatenate(field)[: len(unit)] for field in zip(*parts, strict=True))
+    return Nearest(*whole)
+
+
+@partial(jax.jit, static_argnames=("size", "k"))
+def _nearest_of(unit: Array, live: Array, ids: Array, size: int, k: int) -> Nearest:
+    cosine = jnp.matmul(unit[ids], unit.T, precision=jax.lax.Precision.HIGHEST)
+    every = jnp.arange(len(unit))
+    same = ids[:, None] // size == every // size
+    others = live & (ids[:, None] != every)
+
+    def best(mask: Array) -> tuple[Array, Array]:
+        values, found = jax.lax.top_k(jnp.where(mask, cosine, -jnp.inf), k)
+        there = jnp.isfinite(values)
+        return jnp.where(there, found, -1), jnp.where(there, values, 0.0)
+
+    return Nearest(*best(others & same), *best(others & ~same))
+
+
+class Plane(NamedTuple):
+    """xy [M, 2]: decoder directions on two axes, within [-1, 1]; share: of their variance."""
+
+    xy: Float[np.ndarray, "M 2"]
+    share: float
+
+
+def plane(decoder: Float[Array | np.ndarray, "M D"], live: Bool[np.ndarray, " M"]) -> Plane:
+    """The two principal axes of the unit directions of live latents, and all latents on them.
+
+    The inner product of unit directions is their cosine, so this is the plane that keeps most of
+    the matrix of (centred) decoder cosines.
+    """
+    unit = np.asarray(_unit(jnp.asarray(decoder)), np.float64)
+    among = unit[live] if live.any() else unit
+    mean = among.mean(0)
+    powers, axes = np.linalg.eigh((among - mean).T @ (among - mean))
+    axes = axes[:, ::-1][:, :2]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
+    xy = (unit - mean) @ axes
+    share = powers[::-1][:2].sum() / max(powers.sum(), np.finfo(float).tiny)
+    return Plane(xy / max(np.abs(xy).max(), np.finfo(float).tiny), float(share))
+
+
+def _unit(rows: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    norms = jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny)
