@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["scale_sae_jax", "scale_sae_jax.*"]),
+    package_data={"scale_sae_jax.report.dashboard": ["static/*"]},
     install_requires=[
         "absl-py>=2.1",
         "datasets>=4.0",
@@ -42,6 +43,7 @@ setup(
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "selenium>=4.20",
             "torch==2.13.0",
         ],
         "peers": ["eai-sparsify>=1.3", "sae-lens>=6.54", "torch==2.13.0"],

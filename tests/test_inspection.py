@@ -164,7 +164,8 @@ def test_profiles_name_what_an_expert_gets_more_than_others():
                   for v in np.flatnonzero(share) if share[v] > everywhere[v]}
         assert profile.tokens == sorted(scores, key=lambda v: -scores[v])[:2]
         np.testing.assert_allclose(profile.shares, share[profile.tokens])
-        np.testing.assert_allclose(profile.lifts, share[profile.tokens] / everywhere[profile.tokens])
+        lifts = share[profile.tokens] / everywhere[profile.tokens]
+        np.testing.assert_allclose(profile.lifts, lifts)
     assert found[3] == (0.0, [], [], [])
 
 

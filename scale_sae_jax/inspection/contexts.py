@@ -109,15 +109,12 @@ def read(
 
     def merged(before: Peaks, key_before: np.ndarray, key: np.ndarray, most: int) -> Peaks:
         """The `most` peaks of each latent with the smallest keys; windows are made for these."""
-        chosen = smallest(
-            np.concatenate([before.latent, latent]),
-            np.concatenate([key_before, key]),
-            np.concatenate([before.row, row]) * length + np.concatenate([before.position, position]),
-            most,
-        )
+        place = before.row * length + before.position, row * length + position
+        pairs = (before.latent, latent), (key_before, key), place
+        chosen = smallest(*map(np.concatenate, pairs), most)
         new = chosen[chosen >= len(before.latent)] - len(before.latent)
-        place = fired.row[peak][new], latent[new], position[new]
-        window = windows(plan, fired, latents, tokens, segments, *place)
+        around = fired.row[peak][new], latent[new], position[new]
+        window = windows(plan, fired, latents, tokens, segments, *around)
         added = Peaks(latent[new], value[new], row[new], position[new], *window)
         # Peaks that are new and stay come last in the joined arrays, in the order of `chosen`.
         index = chosen.copy()

@@ -22,8 +22,9 @@ WORDS, NEIGHBOURS, PROFILE = 10, 6, 24
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found of M latents in N experts."""
+    """What was found of M latents in N experts; plan: how much of each was kept."""
 
+    plan: contexts.Plan
     contexts: contexts.Contexts
     words: vocabulary.Words
     nearest: directions.Nearest
@@ -64,6 +65,7 @@ def look(
         raise UserError("none of the text's tokens is left after the masks: give more text")
     decoder, live = sae.decoder(params), seen.firing > 0
     return Findings(
+        plan=plan,
         contexts=seen,
         words=vocabulary.words(lm, decoder, WORDS),
         nearest=directions.nearest(decoder, live, sae.experts, NEIGHBOURS),

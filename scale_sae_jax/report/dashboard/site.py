@@ -1,0 +1,63 @@
+"""The files of a dashboard: fixed pages, and data as scripts, which pages may load from disk.
+
+    index.html  latent.html  expert.html  *.css  *.js  data/overview.js  data/latents-N.js ...
+
+A page of a latent is latent.html#ID; it loads the one file of SHARD latents that holds its record.
+"""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.inspection.look import Findings
+from scale_sae_jax.report.dashboard.data import About, Tokens, latent_record, overview
+
+SHARD = 64
+
+
+def write_site(
+    folder: Path,
+    findings: Findings,
+    about: About,
+    tokens: Tokens,
+    latents: Int[np.ndarray, " n"],
+    sentences: list[dict[str, Any]],
+) -> int:
+    """Writes the pages of `latents` (ascending ids) into a folder; returns the bytes written.
+
+    Of a dashboard that was there before, only its own files are replaced. Raises UserError if the
+    folder cannot be written.
+    """
+    records = overview(findings, about, tokens, latents)
+    scripts = {
+        "overview.js": f"dashboard.overview = {script_json(records | {'shard': SHARD})};\n",
+        "sentences.js": f"dashboard.sentences = {script_json(sentences)};\n",
+    }
+    for shard in np.unique(latents // SHARD).tolist():
+        ids = latents[latents // SHARD == shard].tolist()
+        values = {latent: latent_record(findings, tokens, latent) for latent in ids}
+        scripts[f"latents-{shard}.js"] = f"dashboard.shards[{shard}] = {script_json(values)};\n"
+    pages = [page for page in files(__package__).joinpath("static").iterdir() if page.is_file()]
+    try:
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        for old in (folder / "data").glob("latents-*.js"):
+            old.unlink()
+        written = sum((folder / page.name).write_bytes(page.read_bytes()) for page in pages)
+        for name, script in scripts.items():
+            written += (folder / "data" / name).write_bytes(script.encode("ascii"))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --to") from None
+    return written
+
+
+def script_json(value: Any) -> str:
+    """JSON that is safe inside a script: ASCII, and nothing that HTML could take for markup."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for mark in "<>&":
+        text = text.replace(mark, f"\\u{ord(mark):04x}")
+    return text
