@@ -91,7 +91,7 @@ function bars(counts, ticks, title, label) {
     tick.style.left = `${100 * share}%`;
     return tick;
   }));
-  return element("div", { className: "bars" }, svg, scale);
+  return element("div", { className: "bars" }, element("div", { className: "plot" }, svg), scale);
 }
 
 // Where a latent's line in the overview is; undefined if this dashboard has no page of it.
