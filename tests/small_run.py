@@ -6,8 +6,14 @@ from threading import Event
 
 from small_model import write_model
 
-from scale_sae_jax.config import ActivationsConfig, Config, EvalConfig, LMConfig, OptimConfig
-from scale_sae_jax.config import TextConfig
+from scale_sae_jax.config import (
+    ActivationsConfig,
+    Config,
+    EvalConfig,
+    LMConfig,
+    OptimConfig,
+    TextConfig,
+)
 from scale_sae_jax.run import run
 from scale_sae_jax.sae.presets import preset
 

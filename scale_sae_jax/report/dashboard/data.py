@@ -65,7 +65,7 @@ def overview(
     seen, size = findings.contexts, about.latents // about.experts
     before = findings.plan.before
     live = np.bincount(np.flatnonzero(seen.firing) // size, minlength=about.experts)
-    peaks = [peak_tokens(seen.top.of(latent), before)[:PEAK_TOKENS] for latent in latents]
+    tops = (seen.top.of(latent) for latent in latents.tolist())
     return {
         "about": asdict(about) | {"tokens": seen.tokens, "size": size},
         "tokens": tokens.strings,
@@ -75,7 +75,7 @@ def overview(
             "largest": rounded(largest(findings, latents)),
             "x": rounded(findings.plane.xy[latents, 0]),
             "y": rounded(findings.plane.xy[latents, 1]),
-            "peaks": [tokens.places(ids) for ids in peaks],
+            "peaks": [tokens.places(peak_tokens(top, before)[:PEAK_TOKENS]) for top in tops],
             "promoted": tokens.places(findings.words.promoted[latents, :PEAK_TOKENS]),
         },
         "plane_share": rounded(findings.plane.share),

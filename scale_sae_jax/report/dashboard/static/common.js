@@ -23,10 +23,11 @@ function number(value) {
 const percent = (value) => `${number(100 * value)} %`;
 const table = () => dashboard.overview.tokens;
 const visible = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "→").replace(/\r/g, "␍");
+const spaces = (text) => (text.trim() ? text : text.replace(/ /g, "␣"));
 
 // A token by its string, in a box that shows its spaces.
 function boxed(text) {
-  return element("code", { className: "token", title: text }, visible(text) || "∅");
+  return element("code", { className: "token", title: text }, visible(spaces(text)) || "∅");
 }
 
 // A window of text, shaded by activation as a share of `most`.

@@ -1,0 +1,75 @@
+"""The code of the documents runs as it stands, on a small run in the place of the quickstart's."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small_run import train_small
+
+from scale_sae_jax.sae import registry
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(name, language):
+    text = (ROOT / "docs" / name).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return train_small(tmp_path_factory.mktemp("run"))
+
+
+def run(name, workdir=None):
+    """The names that the Python of a document leaves behind."""
+    names = {}
+    for block in blocks(name, "python"):
+        exec(compile(block.replace("runs/quickstart", str(workdir)), name, "exec"), names)
+    return names
+
+
+def test_tutorial(workdir, capsys):
+    names = run("tutorial.md", workdir)
+    printed = capsys.readouterr().out
+    assert "'<|endoftext|>'" in printed and len(blocks("tutorial.md", "python")) == 6
+    assert names["findings"].contexts.tokens > 50 and names["country"]
+    assert not names["seen"].kept[0] and names["seen"].kept[1:].all()
+
+
+def test_commands_of_the_tutorial(workdir):
+    (command,) = blocks("tutorial.md", "sh")
+    words = shlex.split(command.replace("runs/quickstart", str(workdir)))
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run([sys.executable, *words[1:], "--tokens=500"], cwd=ROOT, env=env,
+                          text=True, capture_output=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert (workdir / "dashboard" / "index.html").exists()
+
+
+def test_extending(monkeypatch):
+    monkeypatch.setattr(registry, "ARCHITECTURES", dict(registry.ARCHITECTURES))
+    names = run("extending.md")
+    sae, params, x = (names[name] for name in ("sae", "params", "x"))
+    unit, w_dec, b_dec = (np.asarray(params[name]) for name in ("scale", "w_dec", "b_dec"))
+    acts = np.maximum((x - b_dec) / unit @ params["w_enc"].T + params["b_enc"], 0)
+    error = np.square(x - b_dec - unit * acts @ w_dec).sum(-1).mean()
+    expected = error + sae.config.penalty * acts.sum(-1).mean() * unit**2
+    assert names["value"] == pytest.approx(expected, rel=1e-4)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(names["gradient"]))
+    np.testing.assert_allclose(sae.encode(params, x).values, acts * unit, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["concepts.md", "extending.md", "tutorial.md"])
+def test_files_and_documents_that_are_named_exist(name):
+    text = (ROOT / "docs" / name).read_text()
+    for file in re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", text):
+        assert (ROOT / "scale_sae_jax" / file).is_file(), file
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (ROOT / "docs" / link).is_file(), link
