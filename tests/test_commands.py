@@ -262,6 +262,10 @@ def test_mistakes_are_told_in_one_line_with_status_2(data, tmp_path, trained):
         (["evaluate", run, "--config.foo=1"], "--config.foo"),
         (["evaluate", run, "--config.text.path=absent.jsonl"], "absent.jsonl"),
         (["train", *text_flags(data, trained[0]), "--config.seed=1"], "config.seed = 0"),
+        (["dashboard", run, "--latents=60-64"], "'60-64' must lie between 0 and 63"),
+        (["dashboard", run, "--latents=all"], "'all' is no id and no range"),
+        (["dashboard", run, "--neuronpedia=model"], "MODEL_ID/SAE_SET"),
+        (["dashboard", f"--workdir={data}"], "config.json"),
     ]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKING, str(tmp_path)],

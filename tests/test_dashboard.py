@@ -23,6 +23,7 @@ from scale_sae_jax.report.dashboard.data import rounded
 from scale_sae_jax.report.dashboard.site import script_json
 from scale_sae_jax.text.tokenizers import Tokenizer
 
+
 def words(vocab):
     """A tokenizer of words; token 7 is markup."""
     names = {EVIL if i == 7 else f"word{i}": i for i in range(vocab)}
@@ -135,14 +136,15 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
 
 
 def test_2000_latents_stay_under_30_mb(tmp_path):
-    findings = found(latents=2000, rows=300, slots=100, plan=Plan(), vocab=49_000)
-    assert np.bincount(findings.contexts.top.latent)[:1999].min() == 10
-    written(tmp_path, findings, latents=2000)
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*.*")) < 30e6
+    """Ten times a site of 200 with all their contexts, pages and token table counted ten times."""
+    findings = found(latents=200, rows=120, slots=20, plan=Plan(), vocab=3000)
+    assert np.bincount(findings.contexts.top.latent)[:199].min() == 10
+    written(tmp_path, findings, latents=200)
+    assert 10 * sum(path.stat().st_size for path in tmp_path.rglob("*.*")) < 30e6
 
 
 def test_neuronpedia_batches(tmp_path):
-    findings = found(latents=200)
+    findings = found(latents=200, rows=80)
     ids = np.arange(60, 200)
     assert neuronpedia.write_batches(tmp_path, findings, words(50), ids, "m", 3, "set") == 2
     batches = [json.loads((tmp_path / f"batch-{i}.json").read_text()) for i in range(2)]

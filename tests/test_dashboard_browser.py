@@ -1,4 +1,4 @@
-"""The dashboard of a small run in headless Chromium: what its pages show, and that they are safe."""
+"""The dashboard of a small run in headless Chromium: what its pages show, and safely."""
 
 import json
 import os

@@ -73,7 +73,7 @@ def feature(findings: Findings, tokenizer: Tokenizer, latent: int) -> dict[str, 
 
     contexts, centres, heights = [], [], []
     if len(top.value):
-        contexts += activations(top, -1, float(top.value[0]), -1)
+        contexts += activations(top, -1.0, float(top.value[0]), -1.0)
         for band in bands(seen.sample.of(latent), top):
             contexts += activations(band.contexts, band.low, band.high, band.share)
         width = 2.0 ** int(seen.exponent[latent]) / plan.bins

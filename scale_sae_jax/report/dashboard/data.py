@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from scale_sae_jax.attached import TextCodes
 from scale_sae_jax.evaluation.sparsity import density_metrics
@@ -97,14 +97,6 @@ def latent_record(findings: Findings, tokens: Tokens, latent: int) -> dict[str, 
     """What the page of one latent shows beside its line in the overview."""
     seen, words, near = findings.contexts, findings.words, findings.nearest
     top, before = seen.top.of(latent), findings.plan.before
-
-    def logits(ids: np.ndarray, values: np.ndarray) -> list:
-        return [tokens.places(ids[latent]), rounded(values[latent])]
-
-    def neighbours(ids: np.ndarray, cosines: np.ndarray) -> list:
-        there = ids[latent] >= 0
-        return [ids[latent][there].tolist(), rounded(cosines[latent][there])]
-
     return {
         "firing": int(seen.firing[latent]),
         "pieces": int(seen.pieces[latent]),
@@ -120,11 +112,20 @@ def latent_record(findings: Findings, tokens: Tokens, latent: int) -> dict[str, 
             }
             for band in bands(seen.sample.of(latent), top)
         ],
-        "promoted": logits(words.promoted, words.promoted_logits),
-        "suppressed": logits(words.suppressed, words.suppressed_logits),
-        "intra": neighbours(near.intra, near.intra_cosine),
-        "inter": neighbours(near.inter, near.inter_cosine),
+        "promoted": [tokens.places(words.promoted[latent]), rounded(words.promoted_logits[latent])],
+        "suppressed": [
+            tokens.places(words.suppressed[latent]), rounded(words.suppressed_logits[latent])
+        ],
+        "intra": neighbours(near.intra[latent], near.intra_cosine[latent]),
+        "inter": neighbours(near.inter[latent], near.inter_cosine[latent]),
     }
+
+
+def neighbours(
+    ids: Int[np.ndarray, " k"], cosines: Float[np.ndarray, " k"]
+) -> list[list[int | float]]:
+    """[ids, cosines] of the latents that are there."""
+    return [ids[ids >= 0].tolist(), rounded(cosines[ids >= 0])]
 
 
 def contexts(peaks: Peaks, before: int, tokens: Tokens) -> list[list]:
@@ -160,8 +161,7 @@ def largest(findings: Findings, latents: Int[np.ndarray, " n"]) -> np.ndarray:
 
 
 def rounded(values: Any) -> Any:
-    """Numbers as Python's, to three significant digits; whole ones without a point."""
-    if np.ndim(values):
-        return [rounded(value) for value in np.asarray(values).tolist()]
-    value = float(f"{float(values):.3g}")
-    return int(value) if value.is_integer() else value
+    """A number, or a list of them, to three significant digits; whole ones without a point."""
+    short = [float(f"{value:.3g}") for value in np.ravel(values).tolist()]
+    whole = [int(value) if value.is_integer() else value for value in short]
+    return whole if np.ndim(values) else whole[0]
