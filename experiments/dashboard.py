@@ -71,6 +71,7 @@ def names_of_neuronpedia() -> tuple[str, str] | None:
 
 
 def about(config: Config, workdir: Path, sae: Autoencoder, model: str, text: str) -> About:
+    """What the pages are about: `model` by name, `text` by path."""
     return About(
         title=workdir.resolve().name,
         model=model,

@@ -66,7 +66,9 @@ class TextCodes(NamedTuple):
         return {int(ids[i]): float(values[i]) for i in order if values[i] != 0}
 
 
-class _Row(NamedTuple):
+class TextRow(NamedTuple):
+    """A text as one padded row, a batch of one."""
+
     tokens: np.ndarray  # [1, R] int32
     segments: np.ndarray  # [1, R] int32, 0 after the text
     scored: np.ndarray  # [1, R] bool
@@ -89,7 +91,7 @@ def edited_logits(
     layer: int,
     lm_params: PyTree,
     params: Params,
-    row: _Row,
+    row: TextRow,
     max_norm: Float[Array, ""],
     edit: Edit,
 ) -> Float[Array, "B S V"]:
@@ -100,7 +102,7 @@ def edited_logits(
 
 
 def residual(
-    lm: LanguageModel, layer: int, lm_params: PyTree, row: _Row, max_norm: Float[Array, ""]
+    lm: LanguageModel, layer: int, lm_params: PyTree, row: TextRow, max_norm: Float[Array, ""]
 ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
     """The output of block `layer`, float32, and which positions of it are kept."""
     x = lm.run_to(lm_params, row.tokens, row.segments, layer).astype(jnp.float32)
@@ -195,7 +197,7 @@ class Attached:
 
         return jax.jit(encode)
 
-    def _row(self, text: str) -> tuple[_Row, int]:
+    def _row(self, text: str) -> tuple[TextRow, int]:
         """The text as one padded row, and its length in tokens."""
         tokenizer = self.lm.tokenizer
         ids = [tokenizer.bos_id] * self.bos + tokenizer.encode_batch([text])[0]
@@ -211,7 +213,7 @@ class Attached:
         tokens[0, : len(ids)] = ids
         segments = (np.arange(tokens.shape[1]) < len(ids)).astype(np.int32)[None]
         scored = keep(token_flags(tokens, segments, tokenizer.special_ids), self.masks)
-        return _Row(tokens, segments, scored), len(ids)
+        return TextRow(tokens, segments, scored), len(ids)
 
     def _strings(self, tokens: Int[np.ndarray, " S"]) -> list[str]:
         return [self.lm.tokenizer.token_string(int(token)) for token in tokens]
