@@ -35,12 +35,17 @@ def site(tmp_path_factory):
     return workdir / "dashboard", workdir
 
 
-def test_the_command_shows_what_attach_finds(site):
-    folder, workdir = site
+@pytest.fixture(scope="module")
+def seen(site):
+    """What fires on the sentence that was given to the command."""
+    return attach_run(site[1]).codes(f"Assert {EVIL} now.")
+
+
+def test_the_command_shows_what_attach_finds(site, seen):
+    folder, _ = site
     overview_, records = read_data(folder / "data")
     assert set(records) == set(range(64)) and EVIL in overview_["tokens"]
     text = (folder / "data" / "sentences.js").read_text().partition(" = ")[2].rstrip(";\n")
-    seen = attach_run(workdir).codes(f"Assert {EVIL} now.")
     assert json.loads(text) == [json.loads(script_json(sentence(f"Assert {EVIL} now.", seen)))]
     assert len(json.loads((folder / "neuronpedia/batch-0.json").read_text())["features"]) == 64
 
@@ -169,10 +174,9 @@ def test_markup_in_tokens_is_shown_as_text(visit, site):
         assert page.execute_script("return document.scripts.length") == 4
 
 
-def test_a_sentence_and_the_experts_are_on_the_overview(visit, site):
+def test_a_sentence_and_the_experts_are_on_the_overview(visit, site, seen):
     overview_, _ = read_data(site[0] / "data")
     page = visit("index.html")
-    seen = attach_run(site[1]).codes(f"Assert {EVIL} now.")
     rows = page.execute_script(
         "return [...document.querySelectorAll('main section')].find((s) => s.textContent.includes("
         "'this sentence')).querySelectorAll('tbody tr').length"
