@@ -27,6 +27,7 @@ TUNED = {
     "matryoshka": 8e-3,
     "switch": 4e-3,
     "paper": 4e-3,
+    "authors": 4e-3,
     "ours": 8e-3,
 }
 # Where options and learning rates are chosen: not the block that the comparisons report.
