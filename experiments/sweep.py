@@ -24,7 +24,7 @@ from experiments.console import Bars
 from scale_sae_jax import sweep
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel import processes
-from scale_sae_jax.run import Console
+from scale_sae_jax.run import Console, resolved
 from scale_sae_jax.training.interrupts import Interrupted, stop_requests
 
 FLAGS = flags.FLAGS
@@ -35,7 +35,8 @@ def define(argv: list[str]) -> None:
     flags.DEFINE_string("grid", None, "Grid file, with an argument after a colon.")
     flags.DEFINE_string("workdir", None, "Folder of the cells and the results.")
     flags.DEFINE_string("filter", "", "Run cells whose name contains this; a comma is an 'or'.")
-    flags.DEFINE_bool("dry_run", False, "List the cells and do nothing.")
+    flags.DEFINE_bool("dry_run", False, "List the cells and what they cost, and do nothing.")
+    flags.DEFINE_integer("d", 0, "With --dry_run: width of the activations, for the arithmetic.")
     flags.mark_flags_as_required(["grid", "workdir"])
 
 
@@ -96,6 +97,21 @@ def summary(results: dict[str, Any]) -> str:
     return "  ".join(form.format(value) for form, value in known if value is not None)
 
 
+def bill(cells: list[sweep.Cell], width: int) -> str:
+    """What the cells come to, in one line; arithmetic where the width of activations is given."""
+    trained = sum(c.config.steps * c.config.batch_size for c in cells)
+    stores = {c.config.activations.path: resolved(c.config).activations.tokens for c in cells
+              if c.config.lm.path and not c.config.activations.buffer}
+    flops = sum(sweep.training_flops(c.config, width) for c in cells) if width else 0
+    parts = [
+        f"{len(cells)} cells to run",
+        f"{trained:,} activations to train on",
+        f"{sum(stores.values()):,} to harvest" if stores else "",
+        f"{flops:.3g} FLOP of training" if width else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
 def main() -> None:
     workdir = Path(FLAGS.workdir)
     grid = [sweep.place(cell, workdir) for cell in sweep.read_grid(FLAGS.grid)]
@@ -103,6 +119,7 @@ def main() -> None:
     if FLAGS.dry_run:
         for cell in chosen:
             print(cell.name + ("  (finished)" if sweep.finished(cell, workdir) else ""))
+        print(bill([c for c in chosen if not sweep.finished(c, workdir)], FLAGS.d))
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)

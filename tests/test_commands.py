@@ -61,14 +61,15 @@ def data(tmp_path_factory):
     return folder
 
 
-def write_model(folder, documents):
+def write_model(folder, documents, layers=2, context=64):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch
         import transformers
 
         torch.manual_seed(0)
-        sizes = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        sizes = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": layers, "n_head": 2,
+                 "n_positions": context}
         config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
         transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())

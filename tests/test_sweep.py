@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from pydoc_data.topics import topics
 from threading import Event
 
 import numpy as np
@@ -12,7 +13,16 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 from scipy import stats
-from test_commands import FORKING, ROOT, begin, data, environment, wait_for_step  # noqa: F401
+from test_commands import (
+    FORKING,
+    ROOT,
+    WIDTH,
+    begin,
+    data,  # noqa: F401
+    environment,  # noqa: F401
+    wait_for_step,
+    write_model,
+)
 
 import scale_sae_jax
 from experiments import sweep as command
@@ -78,7 +88,7 @@ def test_a_product_varies_the_last_list_fastest_and_lists_add_up():
     (
         ("architectures.py:seeds=2", 32),
         ("architectures.py:data=synthetic,only=topk+ours,seeds=1", 3),
-        ("learning_rates.py", 36),
+        ("learning_rates.py", 40),
         ("ours.py:seeds=2", 32),
         ("l0_by_experts.py:data=owt,rates=published,seeds=1", 39),
         ("l0_by_experts.py", 117),
@@ -89,14 +99,16 @@ def test_a_product_varies_the_last_list_fastest_and_lists_add_up():
         ("load_balance.py:seeds=1", 10),
         ("gate.py:seeds=1", 20),
         ("biomedical.py", 15),
+        ("reproduction.py", 165),
     ),
 )
 def test_the_grids_of_this_project_have_their_cells(name, cells):
     grid = sweep.read_grid(f"configs/grids/{name}")
     assert len(grid) == cells
-    for made in grid:
+    known = [c for c in grid if c.config.sae.match != "time"]  # that is measured by the run
+    for made in known:
         build(made.config.sae, 8)
-    widths = {c.name: build(c.config.sae, 8).config for c in grid if "seed=0" in c.name}
+    widths = {c.name: build(c.config.sae, 8).config for c in known if "seed=0" in c.name}
     if "architectures" in name:
         active = {c.active * c.latents // c.experts for n, c in widths.items() if "-active" in n}
         assert active == {512}
@@ -228,6 +240,10 @@ def test_columns_of_the_results(tmp_path, fake):
     row = {"array": "a", "seed": 1, "fvu": 0.1, "fvu_ci95_lo": 0.0, "fvu_ci95_hi": 1.0, "kl": None}
     row |= {"folder": "a-seed=1", "command": alone}
     assert table.read_rows(tmp_path) == [row]
+    assert table.read_rows(tmp_path, ["array=a", "seed=1"]) == [row]
+    wrong = {"seed=2": "there are 1", "lr=2": "have array, seed", "seed": "write COLUMN=VALUE"}
+    for where, part in wrong.items():
+        assert part in refusal(lambda: table.read_rows(tmp_path, [where]))
     text = pyarrow.csv.read_csv(tmp_path / "results.csv")
     assert text.column_names == list(row) and text.to_pylist() == [row]
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -306,6 +322,29 @@ def test_a_killed_sweep_ends_with_the_same_results(data, tmp_path):  # noqa: F81
     (ours,), (theirs,) = (table.read_rows(folder) for folder in (broken, whole))
     assert list(ours) == list(theirs)
     assert all(ours[key] == theirs[key] for key in ours.keys() - TIMES)
+
+
+def test_the_papers_study_runs_at_a_reduced_size(tmp_path):
+    """GPT-2 with random weights and ten blocks, in place of the one of 12."""
+    write_model(tmp_path / "gpt2", [text[:2000] for text in topics.values()], 10, 128)
+    pieces = [text[i : i + 200] for text in topics.values() for i in range(0, len(text), 200)]
+    assert len(pieces) > 1500  # of which a two-hundredth is held out
+    lines = [json.dumps({"text": piece}) + "\n" for piece in pieces]
+    (tmp_path / "owt.jsonl").write_text("".join(lines))
+    size = "steps=3,batch=64,latents=1024,experts=8,eval_tokens=256,seeds=1,tokens=256"
+    grid = f"configs/paper/gpt2_owt.py:lm={tmp_path}/gpt2,text={tmp_path}/owt.jsonl,{size}"
+    chosen = "--filter=scaling-authors-gain,error-k=32-topk-width"
+    flags = [f"--grid={grid}", f"--workdir={tmp_path}/study", chosen]
+    out, _ = begin("sweep", *flags, "--dry_run", f"--d={WIDTH}").communicate(timeout=120)
+    flops = 3 * 192 * 2 * WIDTH * ((256 + 8 + 32) + (1024 + 32))
+    assert out.splitlines()[-1] == (
+        f"2 cells to run, 384 activations to train on, 256 to harvest, {flops:.3g} FLOP of training"
+    )
+    out, err = begin("sweep", *flags).communicate(timeout=280)
+    assert "2 of 2 cells finished" in out, err
+    rows = table.read_rows(tmp_path / "study", ["part=error"])
+    assert [row["folder"] for row in rows] == ["error-k=32-topk-width-seed=0"]
+    assert rows[0]["biomedical_delta_ce"] is not None and rows[0]["total_width"] == 1024
 
 
 # The table
