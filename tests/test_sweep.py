@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -195,12 +196,14 @@ def test_cells_run_in_order_and_share_and_finished_ones_are_skipped(tmp_path, fa
     expected = ["sources a.npy", "a-seed=0", "a-seed=1", "sources b.npy", "b-seed=0"]
     assert fake == expected
     out = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in out] == [name for name in expected if "seed" in name]
-    assert "FVU 0.1000" in out[1]
+    names = ["cell", *(name for name in expected if "seed" in name)]
+    assert [line.split()[0] for line in out] == names
+    assert out[0].split()[1:3] == ["FVU", "delta"] and out[2].split()[1:3] == ["0.1000", "-"]
+    assert re.fullmatch(r"\d+:\d\d:\d\d", out[1].split()[-1])  # of the two cells that are left
     fake.clear()
     assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
     assert fake == ["sources b.npy", "b-seed=1"]
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
     fake.clear()  # other settings are another cell; a damaged record is no record
     changed = [cell(grid[0].axes, settings("a.npy"), {"steps": 5}), *grid[1:]]
@@ -213,7 +216,7 @@ def test_a_cell_that_fails_is_told_and_the_rest_go_on(tmp_path, fake, capsys, mo
     grid = fake_cells((0, 13, 1), "a")
     assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == ["a-seed=13"]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[1] == "a-seed=13  failed: ValueError: bad luck"
+    assert len(lines) == 4 and lines[2] == "a-seed=13  failed: ValueError: bad luck"
     trace = (tmp_path / "a-seed=13" / "error.txt").read_text()
     assert "Traceback" in trace and "ValueError: bad" in trace
     assert pyarrow.parquet.read_table(tmp_path / "results.parquet")["seed"].to_pylist() == [0, 1]
@@ -317,7 +320,7 @@ def test_a_killed_sweep_ends_with_the_same_results(data, tmp_path):  # noqa: F81
     assert second.returncode == reference.returncode == 1
     assert "Traceback" not in err and "error: failed: absent-seed=3 (" in err
     starts = [[line.split()[0] for line in text.splitlines()] for text in (out, expected)]
-    assert starts[0] == starts[1] == ["absent-seed=3", "acts-seed=3", "1"]
+    assert starts[0] == starts[1] == ["cell", "absent-seed=3", "acts-seed=3", "1"]
     assert "absent.npy" in (broken / "absent-seed=3" / "error.txt").read_text()
     (ours,), (theirs,) = (table.read_rows(folder) for folder in (broken, whole))
     assert list(ours) == list(theirs)
@@ -431,6 +434,7 @@ def test_mistakes_are_told_in_one_line(data, tmp_path):  # noqa: F811
         assert lines[0].startswith("error: ") and part in lines[0], (args, lines)
     printed = done.stdout.splitlines()
     assert [line for line in printed if line != "2"] == [
-        "acts-seed=3", "0", *(tmp_path / "table.md").read_text().splitlines(), "0"
+        "acts-seed=3", "1 cell to run, 640 activations to train on", "0",
+        *(tmp_path / "table.md").read_text().splitlines(), "0",
     ]
     assert printed.count("2") == len(cases) and not (tmp_path / "new").exists()
