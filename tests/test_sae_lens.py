@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from saes import D, K, L, MIXTURES, PLAIN, assert_same, assert_same_function, experts, plain, run
+from saes import MIXTURES, PLAIN, D, K, L, assert_same, assert_same_function, experts, plain, run
 from safetensors.numpy import load_file, save_file
 
 from scale_sae_jax.errors import UserError

@@ -53,7 +53,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch  # an extra: nothing else here needs it
     except ImportError:
-        raise UserError(f"{path} needs PyTorch to be read: pip install torch") from None
+        raise UserError(f"{path} needs PyTorch to be read: pip install '.[torch]'") from None
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
