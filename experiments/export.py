@@ -26,7 +26,7 @@ from experiments.evaluate import text_asked_for
 from scale_sae_jax import load
 from scale_sae_jax.config import Config, from_config_dict, to_config_dict
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.interop import delphi, gemma_scope, hub, origin, sae_lens, sparsify
+from scale_sae_jax.interop import delphi, files, gemma_scope, hub, origin, sae_lens, sparsify
 from scale_sae_jax.run import check_sources, open_sources, read_heldout
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.workdir import read_config
@@ -122,6 +122,7 @@ def export_delphi(
     metadata: dict[str, Any],
 ) -> None:
     """The cache of the run's held-out text, or of the text that was asked for instead."""
+    files.fresh(files.inside(folder, hookpoint, "hookpoint"))  # before the model runs
     asked = from_config_dict(FLAGS.config)
     text = text_asked_for(asked.text, config.text)
     config = dataclasses.replace(config, eval=asked.eval)
