@@ -68,6 +68,19 @@ def test_what_fires_is_read_back(many, splits, tmp_path):
     assert len(list((tmp_path / "layers.8").iterdir())) == splits + 1
 
 
+def test_delphi_own_loader_reads_the_same(tmp_path):
+    loader = pytest.importorskip("delphi.latents.loader", exc_type=ImportError)
+    sae, params, x = plain("jumprelu")
+    delphi.save(sae, params, [batch(x, 0)], tmp_path, "layers.8", {}, 4)
+    expected, tokens = read(tmp_path / "layers.8", L)
+    found = np.zeros_like(expected)
+    for path in (tmp_path / "layers.8").glob("*.safetensors"):
+        locations, activations, theirs = loader.TensorBuffer(str(path), "layers.8").load()
+        found[tuple(locations.numpy().T)] = activations.numpy()
+        np.testing.assert_array_equal(theirs.numpy(), tokens)
+    np.testing.assert_array_equal(found, expected)
+
+
 def codes(values, ids):
     return Codes(np.float32(values).reshape(1, 1, -1), np.int32(ids).reshape(1, 1, -1))
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from safetensors.numpy import save_file
 
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation.evaluator import EvalBatch
@@ -145,7 +144,7 @@ class CacheWriter:
                 "activations": np.fromfile(self._partial(edges, "activations"), np.float16),
                 "tokens": tokens,
             }
-            save_file(tensors, self._folder / f"{start}_{end}.safetensors")
+            files.write_tensors(self._folder / f"{start}_{end}.safetensors", tensors)
         known = {
             "n_splits": len(self._edges),
             "n_tokens": tokens.size,

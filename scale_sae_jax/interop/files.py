@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from scale_sae_jax.errors import UserError
 
@@ -127,6 +128,11 @@ def finite(tensors: Tensors, target: str) -> dict[str, np.ndarray]:
                 "the autoencoder is damaged"
             )
     return arrays
+
+
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    """A .safetensors file, readable to whom files here are; `save_file` makes it the owner's."""
+    path.write_bytes(save(dict(tensors)))
 
 
 def read_object(path: Path, kind: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.interop import files
@@ -63,7 +62,7 @@ def save(
     cfg, tensors = describe(sae, params, metadata or {}, expert)
     tensors = files.finite(tensors, str(folder))
     files.fresh(folder)
-    save_file(tensors, folder / WEIGHTS)
+    files.write_tensors(folder / WEIGHTS, tensors)
     files.write_object(folder / CFG, cfg)
 
 

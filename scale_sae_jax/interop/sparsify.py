@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.interop import files
@@ -84,7 +83,7 @@ def _write(
     folder = files.inside(root, hookpoint, "hookpoint")
     arrays = files.finite(tensors, str(folder)) | dict(unchecked or {})
     files.fresh(folder)
-    save_file(arrays, folder / WEIGHTS)
+    files.write_tensors(folder / WEIGHTS, arrays)
     files.write_object(
         folder / CFG,
         {
