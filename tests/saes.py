@@ -1,4 +1,4 @@
-"""Small autoencoders of every architecture, away from their starting values."""
+"""Small autoencoders of every architecture, with random parameters."""
 
 import dataclasses
 from functools import lru_cache, partial
@@ -40,10 +40,9 @@ def filled(config, seed=0):
     rng = np.random.default_rng(seed)
     x = (2 * rng.normal(size=(T, D)) + 1).astype(np.float32)
     sae = build(config, D)
-    params = jax.jit(sae.init)(jax.random.key(seed), jnp.asarray(x))
     params = {
-        name: np.float32(leaf + 0.2 * rng.normal(size=leaf.shape) if leaf.ndim else abs(leaf) + 0.3)
-        for name, leaf in jax.tree.map(np.asarray, params).items()
+        name: np.float32(0.4 * rng.normal(size=leaf.shape) if leaf.ndim else rng.uniform(0.3, 1))
+        for name, leaf in jax.eval_shape(sae.init, jax.random.key(0)).items()
     }
     if "log_threshold" in params:
         threshold = rng.uniform(0.5, 2, L)

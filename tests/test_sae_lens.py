@@ -28,11 +28,86 @@ def theirs():
     return library, pytest.importorskip("torch")
 
 
-@pytest.mark.parametrize("name, options", CASES)
-def test_back_and_forth(name, options, tmp_path):
-    sae, params, x = made(name, options)
+@pytest.mark.parametrize("name", PLAIN)
+def test_back_and_forth(name, tmp_path):
+    sae, params, x = plain(name)
     sae_lens.save(sae, params, tmp_path / "out", METADATA)
+    for ours, other in zip(run(sae, params, x), plain_by_hand(*read(tmp_path / "out"), x)):
+        assert_same(ours, other)
     assert_same_function((sae, params), sae_lens.load(tmp_path / "out"), x)
+
+
+@pytest.mark.parametrize("options", MIXTURES)
+def test_many_experts_back_and_forth(options, tmp_path):
+    sae, params, x = experts(**options)
+    sae_lens.save(sae, params, tmp_path / "out", METADATA)
+    cfg, tensors = read(tmp_path / "out")
+    for ours, other in zip(run(sae, params, x), experts_by_hand(cfg, tensors, x)):
+        assert_same(ours, other)
+    cfg_again, again = sae_lens.describe(*sae_lens.load(tmp_path / "out"), METADATA)
+    assert cfg_again == cfg and again.keys() == tensors.keys()
+    for name, array in tensors.items():
+        assert_same(again[name], array, 1e-6)
+
+
+def test_what_was_loaded_runs(tmp_path):
+    sae, params, x = experts(**MIXTURES[2], balance_rate=1e-3)
+    sae_lens.save(sae, params, tmp_path / "out")
+    assert_same_function((sae, params), sae_lens.load(tmp_path / "out"), x)
+
+
+def read(folder):
+    cfg = json.loads((folder / "cfg.json").read_text())
+    return cfg, load_file(folder / "sae_weights.safetensors")
+
+
+def plain_by_hand(cfg, t, x):
+    """(codes, reconstructions) by the formulas that SAELens documents, in NumPy."""
+    products = (x - t["b_dec"]) @ t["W_enc"]
+    if cfg["architecture"] == "gated":
+        magnitude = np.exp(t["r_mag"]) * products + t["b_mag"]
+        codes = (products + t["b_gate"] > 0) * np.maximum(magnitude, 0)
+    else:
+        pre = products + t["b_enc"]
+        codes = np.maximum(pre, 0)
+        if cfg["architecture"] == "topk":
+            codes *= pre >= np.sort(pre)[:, -cfg["k"], None]
+        if cfg["architecture"] == "jumprelu":
+            codes *= pre > t["threshold"]
+    return codes, codes @ t["W_dec"] + t["b_dec"]
+
+
+def experts_by_hand(cfg, t, x):
+    """(codes, reconstructions) of `scale_moe` as docs/formats.md has it, in NumPy, by token."""
+    n, e, k = cfg["n_experts"], cfg["active"], cfg["k"]
+    m, codes = cfg["d_sae"] // n, np.zeros((len(x), cfg["d_sae"]))
+    for z, token in zip(codes, x.astype(np.float64), strict=True):
+        logits = (token - t["b_router_in"]) @ t["W_router"] + t["b_router_out"]
+        p = np.exp(logits) / np.exp(logits).sum()
+        chosen = np.argsort(-(logits + t.get("balance", 0)))[:e]
+        of_chosen = {
+            "prob": p[chosen],
+            "renorm": p[chosen] / p[chosen].sum(),
+            "softmax_probs": np.exp(p[chosen]) / np.exp(p[chosen]).sum(),
+            "softmax_logits": np.exp(logits[chosen]) / np.exp(logits[chosen]).sum(),
+            "one": np.ones(e),
+        }[cfg["gate"]]
+        weight = np.zeros(n)
+        weight[chosen] = of_chosen
+        acts = np.maximum((token - t["b_dec"]) @ t["W_enc"] + t["b_enc"], 0)
+        acts[~np.isin(np.arange(n), chosen).repeat(m)] = 0
+        if cfg["gate_at"] == "code":
+            acts = acts * weight.repeat(m)
+        if cfg["topk_scope"] == "batch":
+            kept = acts > t["threshold"]
+        elif cfg["topk_scope"] == "token":
+            kept = acts >= np.sort(acts)[-k]
+        else:
+            kept = (acts.reshape(n, m) >= np.sort(acts.reshape(n, m))[:, -(k // e), None]).ravel()
+        z[:] = np.where(kept, acts, 0)
+        if cfg["gate_at"] == "output":
+            z *= weight.repeat(m)
+    return codes, codes @ t["W_dec"] + t["b_dec"]
 
 
 @pytest.mark.parametrize("name, options", CASES)
