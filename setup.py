@@ -47,6 +47,8 @@ setup(
             "torch==2.13.0",
         ],
         "peers": ["eai-sparsify>=1.3", "sae-lens>=6.54", "torch==2.13.0"],
+        "sae_lens": ["sae-lens>=6.54", "torch==2.13.0"],
+        "torch": ["torch==2.13.0"],
         "plot": ["matplotlib>=3.9"],
         "wandb": ["wandb"],
         "gpu": ["jax[cuda12]>=0.10"],

@@ -20,6 +20,7 @@ from absl import flags
 from experiments import command_line, evaluate
 from experiments.console import Bars
 from scale_sae_jax import attach, load
+from scale_sae_jax.activations.masks import largest_norm
 from scale_sae_jax.config import Config, from_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.inspection import look
@@ -107,8 +108,8 @@ def main() -> None:
 
     try:
         sources = open_sources(config, workdir, Event(), bars)
-        lm, ratio = sources.lm, config.activations.max_norm_ratio
-        max_norm = ratio * sources.train.median_norm if ratio > 0 else np.inf
+        lm = sources.lm
+        max_norm = largest_norm(sources.train.median_norm, config.activations.max_norm_ratio)
         bound = dict(max_norm=max_norm, masks=config.activations, bos=text.bos)
         attached = attach(lm, sae, params, config.lm.layer, **bound)
         sentences = [sentence(words, attached.codes(words)) for words in FLAGS.text]

@@ -4,7 +4,8 @@
 
 Writes DIR/report/index.html (self-contained), report.md, and each figure as .png and .svg. Arms are
 cells alike but for their seed; intervals are 95 % over seeds. What a sweep has no results for is
-left out. Needs matplotlib: pip install '.[plot]'.
+left out. --where=part=error,k=32 reports on the cells with these values alone, in a folder of its
+own. Needs matplotlib: pip install '.[plot]'.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from experiments import command_line
-from experiments.table import groups_table, read_axes, read_rows
+from experiments.table import define_where, groups_table, read_axes, read_rows
 from scale_sae_jax import load
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.report.arms import Arm, apart, arms_of, number_axes
@@ -30,7 +31,8 @@ HEAT_MAPS = 4  # arms whose experts are compared
 def define(argv: list[str]) -> None:
     del argv
     flags.DEFINE_string("workdir", None, "Folder of a sweep.")
-    flags.DEFINE_string("output", None, "Folder of the report; WORKDIR/report if not given.")
+    flags.DEFINE_string("output", None, "Folder of the report; in WORKDIR if not given.")
+    define_where()
     flags.mark_flag_as_required("workdir")
 
 
@@ -68,9 +70,13 @@ def drawings(
          "the same cost or less. Time is that of this machine."), lambda: figures.pareto(arms)),
         (Picture("generalisation", "On other text", "Lower is better. Bars are 95 % over seeds."),
          lambda: figures.generalisation(arms)),
-        (Picture("redundancy", "Latents with a twin", "Share of live latents whose largest decoder "
-         "cosine with another latent exceeds the threshold."), lambda: figures.redundancy(arms)),
+        (Picture("redundancy", "Latents alike", "Of every live latent the largest decoder cosine "
+         "with another one: its mean, and the share over a threshold."),
+         lambda: figures.redundancy(arms)),
         (Picture("expert_load", "Load of experts", first), lambda: figures.expert_load(loads)),
+        (Picture("specialisation", "Specialisation of experts", "Mutual information of token and "
+         "expert; the estimate is biased upward, by what shuffled tokens give."),
+         lambda: figures.specialisation(arms)),
         (Picture("omega", "Feature scaling", f"omega of every expert. {first}"),
          lambda: figures.omega(omegas)),
         (Picture("similarity", "Experts alike", "Mean over the latents of one expert (row) of the "
@@ -97,8 +103,10 @@ def tables(rows: list[dict[str, Any]], axes: list[str]) -> list[Table]:
 
 def main() -> None:
     workdir = Path(FLAGS.workdir)
-    rows, axes = read_rows(workdir), read_axes(workdir)
-    output = Path(FLAGS.output or workdir / "report")
+    rows = read_rows(workdir, FLAGS.where)
+    fixed = {part.partition("=")[0] for part in FLAGS.where}
+    axes = [name for name in read_axes(workdir) if name not in fixed]
+    output = Path(FLAGS.output or workdir / "-".join(["report", *FLAGS.where]))
     try:
         import matplotlib
     except ImportError:
@@ -114,7 +122,7 @@ def main() -> None:
             for ending in ("png", "svg"):
                 figure.savefig(output / f"{picture.name}.{ending}", dpi=130)
             pictures.append(picture)
-        title = f"Sweep {workdir.name}"
+        title = " ".join([f"Sweep {workdir.name}", *FLAGS.where])
         arms = len(arms_of(rows, apart(axes)))
         lead = f"{len(rows)} cells, {arms} arms. All figures come from held-out data."
         both = title, lead, pictures, tables(rows, axes)

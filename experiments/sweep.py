@@ -2,16 +2,19 @@
 
     python -m experiments.sweep --grid=configs/grids/architectures.py:seeds=3 --workdir=runs/arch
 
-Every cell is the folder of a run, DIR/CELL. Finished cells are skipped, a cell that fails is told
-and left (its traceback in DIR/CELL/error.txt), and the same command again goes on. To evaluate a
-finished cell anew, delete its cell.json. DIR/results.csv and .parquet hold a row for each finished
-cell of the grid, with the command that runs it alone. Several processes can run it as one program,
-as experiments.train.
+Prints a line a cell, and at its end how long the cells that are left will take. Every cell is the
+folder of a run, DIR/CELL. Finished cells are skipped, a cell that fails is told and left (its
+traceback in DIR/CELL/error.txt), and the same command again goes on. To evaluate a finished cell
+anew, delete its cell.json. DIR/results.csv and .parquet hold a row for each finished cell of the
+grid, with the command that runs it alone. Several processes can run it as one program, as
+experiments.train.
 
 Exit status: 0 done or stopped, 1 if a cell failed, 2 for a user's mistake.
 """
 
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from textwrap import shorten
 from threading import Event
@@ -24,10 +27,18 @@ from experiments.console import Bars
 from scale_sae_jax import sweep
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel import processes
-from scale_sae_jax.run import Console
+from scale_sae_jax.run import Console, resolved
 from scale_sae_jax.training.interrupts import Interrupted, stop_requests
 
 FLAGS = flags.FLAGS
+COLUMNS = (  # heading, result, format
+    ("FVU", "fvu", ".4f"),
+    ("delta CE", "delta_ce", ".4f"),
+    ("L0", "l0", ".1f"),
+    ("dead", "dead", ".1%"),
+    ("tokens/s", "tokens_per_second", ",.0f"),
+    ("seconds", "train_seconds", ".0f"),
+)
 
 
 def define(argv: list[str]) -> None:
@@ -35,7 +46,8 @@ def define(argv: list[str]) -> None:
     flags.DEFINE_string("grid", None, "Grid file, with an argument after a colon.")
     flags.DEFINE_string("workdir", None, "Folder of the cells and the results.")
     flags.DEFINE_string("filter", "", "Run cells whose name contains this; a comma is an 'or'.")
-    flags.DEFINE_bool("dry_run", False, "List the cells and do nothing.")
+    flags.DEFINE_bool("dry_run", False, "List the cells and what they cost, and do nothing.")
+    flags.DEFINE_integer("d", 0, "With --dry_run: width of the activations, for the arithmetic.")
     flags.mark_flags_as_required(["grid", "workdir"])
 
 
@@ -44,16 +56,19 @@ def run_cells(
 ) -> list[str]:
     """Runs the chosen cells that are not finished; returns the names of those that failed.
 
-    Writes the results of the whole grid after each. Raises Interrupted when `stop` was set and
-    cells are left.
+    Prints a table that grows by a line a cell, and writes the results of the whole grid after
+    each. Raises Interrupted when `stop` was set and cells are left.
     """
     width = max(len(cell.name) for cell in chosen)
+    ran, begin = 0, time.monotonic()
+    say(f"{'cell':<{width}}" + "".join(f"{name:>11}" for name, _, _ in COLUMNS) + "       left")
     keys = [sweep.inputs_key(cell.config) for cell in chosen]
     failed, shared = [], {}
     processes.lead_alone(lambda: sweep.write_results(grid, workdir, command))
     for number, cell in enumerate(chosen, 1):
         results = sweep.finished(cell, workdir)
         if results is None:
+            ran += 1
             if processes.any_of(stop.is_set()):
                 raise Interrupted(f"sweep stopped before cell {cell.name}")
             label = f"{number}/{len(chosen)} {cell.name}: "
@@ -72,7 +87,10 @@ def run_cells(
                 bars.close()
             processes.lead_alone(lambda: sweep.write_results(grid, workdir, command))
         if results is not None:
-            say(f"{cell.name:<{width}}  {summary(results)}")
+            each = (time.monotonic() - begin) / max(ran, 1)
+            left = sum(sweep.finished(c, workdir) is None for c in chosen[number:])
+            ends = str(timedelta(seconds=round(each * left))) if ran and left else ""
+            say(f"{cell.name:<{width}}{summary(results)}{ends:>11}")
         shared = {key: inputs for key, inputs in shared.items() if key in keys[number:]}
     return failed
 
@@ -83,17 +101,24 @@ def say(line: str) -> None:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """What a cell came to, in one line."""
-    parts = (
-        ("FVU {:.4f}", "fvu"),
-        ("delta CE {:.4f}", "delta_ce"),
-        ("L0 {:.1f}", "l0"),
-        ("dead {:.1%}", "dead"),
-        ("{:,.0f} tokens/s", "tokens_per_second"),
-        ("{:.0f} s", "train_seconds"),
-    )
-    known = ((form, results.get(key)) for form, key in parts)
-    return "  ".join(form.format(value) for form, value in known if value is not None)
+    """A line of the table."""
+    found = ((results.get(key), form) for _, key, form in COLUMNS)
+    return "".join(f"{'-' if value is None else format(value, form):>11}" for value, form in found)
+
+
+def bill(cells: list[sweep.Cell], width: int) -> str:
+    """What the cells come to, in one line; arithmetic where the width of activations is given."""
+    trained = sum(c.config.steps * c.config.batch_size for c in cells)
+    stores = {c.config.activations.path: resolved(c.config).activations.tokens for c in cells
+              if c.config.lm.path and not c.config.activations.buffer}
+    flops = sum(sweep.training_flops(c.config, width) for c in cells) if width else 0
+    parts = [
+        f"{len(cells)} cell{'s' if len(cells) != 1 else ''} to run",
+        f"{trained:,} activations to train on",
+        f"{sum(stores.values()):,} to harvest" if stores else "",
+        f"{flops:.3g} FLOP of training" if width else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def main() -> None:
@@ -103,6 +128,7 @@ def main() -> None:
     if FLAGS.dry_run:
         for cell in chosen:
             print(cell.name + ("  (finished)" if sweep.finished(cell, workdir) else ""))
+        print(bill([c for c in chosen if not sweep.finished(c, workdir)], FLAGS.d))
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)

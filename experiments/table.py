@@ -2,10 +2,12 @@
 
     python -m experiments.table --workdir=runs/arch --by=preset,match --columns=fvu,delta_ce
 
-± is the half-width of Student's interval of the mean. Columns that no cell has are left out.
+--where=part=error,k=32 keeps the rows with these values. ± is the half-width of Student's interval
+of the mean. Columns that no cell has are left out.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,34 @@ def define(argv: list[str]) -> None:
     del argv
     flags.DEFINE_string("workdir", None, "Folder of a sweep.")
     flags.DEFINE_list("by", None, "Columns whose values make a group.")
+    define_where()
     flags.DEFINE_list("columns", list(MAIN_RESULTS), "Results to show.")
     flags.DEFINE_string("output", None, "Markdown file to write as well.")
     flags.mark_flags_as_required(["workdir", "by"])
 
 
-def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of results.parquet. Raises UserError if it is not there, damaged or empty."""
+def define_where() -> None:
+    flags.DEFINE_list("where", [], "Keep the rows with these values, AXIS=VALUE,AXIS=VALUE.")
+
+
+def read_rows(workdir: Path, where: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of results.parquet with the values that `where` asks for, 'k=32'.
+
+    Raises UserError if the file is not there, damaged or empty, or no row has them.
+    """
     rows = _read(workdir).to_pylist()
     if not rows:
         raise UserError(f"{workdir}/results.parquet holds no finished cell yet")
+    for part in where:
+        name, equals, value = part.partition("=")
+        if not equals or name not in rows[0]:
+            raise UserError(f"--where={part}: write COLUMN=VALUE; the results have "
+                            f"{', '.join(rows[0])}")
+        kept = [row for row in rows if str(row[name]) == value]
+        if not kept:
+            known = ", ".join(sorted({str(row[name]) for row in rows}))
+            raise UserError(f"--where={part}: no row has it; there are {known}")
+        rows = kept
     return rows
 
 
@@ -114,7 +134,7 @@ def _mean(group: Arm, name: str, form: str) -> str:
 
 def main() -> None:
     workdir = Path(FLAGS.workdir)
-    text = markdown(read_rows(workdir), FLAGS.by, FLAGS.columns)
+    text = markdown(read_rows(workdir, FLAGS.where), FLAGS.by, FLAGS.columns)
     if FLAGS.output:
         try:
             Path(FLAGS.output).write_text(text + "\n")

@@ -8,7 +8,7 @@
 
 from scale_sae_jax.attached import attach, attach_run
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.run import load
+from scale_sae_jax.interop.load import load
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "attach", "attach_run", "load"]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from scale_sae_jax.activations.masks import keep, token_flags
+from scale_sae_jax.activations.masks import keep, largest_norm, token_flags
 from scale_sae_jax.activations.store import MANIFEST, read_manifest
 from scale_sae_jax.config import ActivationsConfig
 from scale_sae_jax.errors import UserError
@@ -275,14 +275,13 @@ def attach_run(path: str | Path, step: int | str = "latest") -> Attached:
         raise UserError(f"{workdir} was trained without a language model: there is none to attach")
     sae, params = load(workdir, step)
     store = Path(config.activations.path or workdir / "activations")
-    ratio = config.activations.max_norm_ratio
-    limited = ratio > 0 and (store / MANIFEST).exists()
+    median = read_manifest(store).median_norm if (store / MANIFEST).exists() else np.inf
     return attach(
         load_language_model(config.lm),
         sae,
         params,
         config.lm.layer,
-        max_norm=ratio * read_manifest(store).median_norm if limited else np.inf,
+        max_norm=largest_norm(median, config.activations.max_norm_ratio),
         masks=config.activations,
         bos=config.text.bos,
     )

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from scale_sae_jax import workdir as folders
 from scale_sae_jax.activations.array import ActivationArray, open_array
 from scale_sae_jax.activations.harvest import harvest
+from scale_sae_jax.activations.masks import largest_norm
 from scale_sae_jax.activations.store import ActivationStore, open_store
 from scale_sae_jax.activations.stream import ActivationStream
 from scale_sae_jax.activations.synthetic import (
@@ -25,7 +26,7 @@ from scale_sae_jax.activations.synthetic import (
 from scale_sae_jax.config import Config, TextConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation import pca
-from scale_sae_jax.evaluation.evaluator import EvalBatch, evaluate, json_value
+from scale_sae_jax.evaluation.evaluator import EvalBatch, evaluate, json_value, with_ablations
 from scale_sae_jax.evaluation.ground_truth import measure_ground_truth
 from scale_sae_jax.evaluation.heldout import array_batches, text_batches
 from scale_sae_jax.lm import LanguageModel, inspect_language_model, load_language_model
@@ -151,7 +152,9 @@ def heldout_text(
 def read_heldout(
     config: Config, text: TextConfig, sources: Sources, console: Console = Console()
 ) -> Heldout:
-    """The held-out activations, on the host: the evaluator and PCA read them, the model runs once.
+    """The held-out activations, on the host: the evaluator and PCA read them.
+
+    What depends on the model alone, up to them and on from them ablated, is run here, once.
 
     Args:
       text: where to evaluate. On the text trained on, its held-out documents count; of another
@@ -164,7 +167,12 @@ def read_heldout(
         batches = heldout_text(config, text, sources, skipped.append)
     kept, tokens = [], 0
     for batch in batches:
-        kept.append(batch._replace(x=np.asarray(batch.x)))
+        batch = batch._replace(x=np.asarray(batch.x))
+        if sources.lm is not None:
+            train, ratio = sources.train, config.activations.max_norm_ratio
+            max_norm = largest_norm(train.median_norm, ratio)
+            batch = with_ablations(batch, sources.lm, config.lm.layer, train.mean, max_norm)
+        kept.append(batch)
         tokens += int(batch.real.sum())
         console.progress("held-out activations", tokens, max(tokens, config.eval.tokens))
     return Heldout(kept, tokens, len(skipped))
@@ -239,7 +247,7 @@ def evaluate_run(
         progress=progress,
     )
     sample = store.rows(np.linspace(0, store.n - 1, min(store.n, PCA_ROWS)).astype(np.int64))
-    max_norm = ratio * store.median_norm if ratio else np.inf
+    max_norm = largest_norm(store.median_norm, ratio)
     directions = pca.components(sample, np.asarray(store.mean), min(config.sae.k, store.d))
     results["fvu_pca"] = pca.fvu(heldout.batches, np.asarray(store.mean), directions, max_norm)
     results["eval_text"] = _name_of_data(config, text)

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from scale_sae_jax import workdir as folders
 from scale_sae_jax.config import Config, TextConfig, flatten, from_config_dict
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.evaluation.flops import forward_flops
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.run import (
     Console,
@@ -42,6 +43,8 @@ from scale_sae_jax.run import (
     resolved,
     run,
 )
+from scale_sae_jax.sae.presets import preset
+from scale_sae_jax.sae.registry import build
 from scale_sae_jax.training.interrupts import Interrupted
 
 # The results that a table shows unless told otherwise; an axis must not hide one of them.
@@ -190,6 +193,20 @@ def _source_settings(config: Config) -> dict[str, Any]:
 
 def _digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def training_flops(config: Config, width: int) -> float:
+    """Floating-point operations of a run's training: three forward passes a token, by `flops.py`.
+
+    A run matched by time counts as the many-expert one it is matched to.
+    """
+    one = config.sae
+    if one.match == "time":
+        one = preset("paper", latents=one.latents, experts=one.experts, active=one.active, k=one.k)
+    sae = build(one, width)
+    sizes = sae.latents, sae.experts, sae.active, sae.k
+    forward = forward_flops(width, *sizes, sparse_decoder=sae.sparse_codes)
+    return 3.0 * forward.total * config.steps * config.batch_size
 
 
 def finished(here: Cell, workdir: Path) -> dict[str, Any] | None:

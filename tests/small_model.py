@@ -1,4 +1,4 @@
-"""A random GPT-2 of two blocks with a byte-level tokenizer, as a folder that the library loads."""
+"""A small random GPT-2 with a byte-level tokenizer, as a folder that the library loads."""
 
 import json
 import warnings
@@ -8,7 +8,7 @@ import tokenizers
 VOCAB, WIDTH = 400, 32
 
 
-def write_model(folder, documents, words=()):
+def write_model(folder, documents, layers=2, context=64, words=()):
     """words: strings that become one token each, whatever surrounds them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -16,7 +16,8 @@ def write_model(folder, documents, words=()):
         import transformers
 
         torch.manual_seed(0)
-        sizes = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        sizes = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": layers, "n_head": 2,
+                 "n_positions": context}
         config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
         transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -25,7 +25,7 @@ def train_small(folder, words=()):
              for i, text in enumerate(documents)]
     lines = [json.dumps({"text": text}) + "\n" for text in mixed]
     (folder / "docs.jsonl").write_text("".join(lines))
-    write_model(folder / "model", documents, words)
+    write_model(folder / "model", documents, words=words)
     config = Config(
         mesh="data:1,expert:1",
         steps=60,

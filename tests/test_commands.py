@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from small_model import VOCAB, WIDTH, write_model
 
 import scale_sae_jax
@@ -195,6 +196,33 @@ def test_sigterm_and_sigkill_leave_the_result_bit_identical(data, tmp_path):
     assert "delta CE           -" in out and found["fvu"] == results(broken)["fvu"] < 0.6
 
 
+# To other libraries
+
+
+def test_export_writes_the_cache_of_the_heldout_text_and_a_directory(trained, data, tmp_path):
+    run = f"--workdir={trained[0]}"
+    out = call("export", run, "--format=delphi", f"--to={tmp_path}/cache", "--splits=4")
+    heldout = results(trained[0])["eval_tokens"]
+    folder = tmp_path / "cache/layers.0"
+    splits = [load_file(folder / f"{16 * i}_{16 * i + 15}.safetensors") for i in range(4)]
+    fired = sum(len(split["activations"]) for split in splits)
+    assert f"{fired:,} activations" in out and 0 < fired <= 4 * heldout
+    rows, context = splits[0]["tokens"].shape
+    assert context == 32 and rows * context >= heldout
+    positions = {tuple(place) for split in splits for place in split["locations"][:, :2].tolist()}
+    assert len(positions) <= heldout and not any(position == 0 for _, position in positions)
+    assert json.loads((folder / "config.json").read_text())["model_name"] == "gpt2"
+
+    call("export", run, "--format=sae_lens", f"--to={tmp_path}/lens", "--model_name=small")
+    cfg = json.loads((tmp_path / "lens/cfg.json").read_text())
+    assert cfg["architecture"] == "scale_moe" and cfg["metadata"]["context_size"] == 32
+    assert cfg["metadata"]["model_name"] == "small" and str(data) not in json.dumps(cfg)
+    x = np.load(data / "acts.npy")[:64].repeat(2, -1)
+    one, other = (scale_sae_jax.load(path) for path in (trained[0], tmp_path / "lens"))
+    expected, found = (sae.reconstruct(params, x) for sae, params in (one, other))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
 # Mistakes
 
 # Imports once, then forks for each command: a fresh process as a user's, without its start.
@@ -251,6 +279,9 @@ def mistakes(data, tmp_path):
         (["evaluate", "--workdir", str(data)], "config.json"),
         (["evaluate", f"--workdir={tmp_path}"], "not valid JSON"),
         (["evaluate"], "--workdir"),
+        (["export", f"--workdir={data}", "--format=sae_lens", f"--to={new}"], "config.json"),
+        (["export", f"--workdir={data}", "--format=onnx", f"--to={new}"], "--format"),
+        (["export", f"--workdir={data}", "--format=sae_lens"], "--to"),
     ]
 
 
@@ -266,6 +297,12 @@ def test_mistakes_are_told_in_one_line_with_status_2(data, tmp_path, trained):
         (["dashboard", run, "--latents=all"], "'all' is no id and no range"),
         (["dashboard", run, "--neuronpedia=model"], "MODEL_ID/SAE_SET"),
         (["dashboard", f"--workdir={data}"], "config.json"),
+        (["export", run, f"--to={data}", "--format=sae_lens"], "is not empty"),
+        (["export", run, f"--to={tmp_path}/a", "--format=sparsify"], "a router masks"),
+        (["export", run, f"--to={tmp_path}/a", "--format=gemma_scope"], "a router masks"),
+        (["export", run, f"--to={tmp_path}/a", "--format=sae_lens", "--expert=0"], "2 experts"),
+        (["export", run, f"--to={tmp_path}/a", "--format=delphi", "--sae_id=b"], "--sae_id is for"),
+        (["export", run, "--to=nobody", "--format=hub"], "owner/name"),
     ]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKING, str(tmp_path)],

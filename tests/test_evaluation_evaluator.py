@@ -11,6 +11,7 @@ import pytest
 
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation import EvalBatch, evaluate
+from scale_sae_jax.evaluation.evaluator import with_ablations
 
 D, V, S = 4, 11, 6
 TRAINING = {"tokens_seen": 5, "train_seconds": 2.0, "tokens_per_second": 2.5}
@@ -59,7 +60,7 @@ class TiedSAE:
         return sum(p.size for p in params.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BigramLM:
     params: dict
     vocab: int = V
@@ -171,7 +172,7 @@ def test_against_numpy():
 
 def test_split_into_batches_changes_nothing():
     batch, sae, params = make_batch(), TiedSAE(8, 3, experts=4, active=2), parameters(experts=4)
-    thirds = [EvalBatch(*(a[i : i + 2] for a in batch)) for i in (0, 2, 4)]
+    thirds = [jax.tree.map(lambda a: a[i : i + 2], batch) for i in (0, 2, 4)]
     mean = scored_mean(batch)
     whole, split = (run(sae, params, b, mean=mean) for b in ([batch], thirds))
     assert split.keys() == whole.keys()
@@ -185,10 +186,23 @@ def test_padding_contributes_nothing():
         x=np.where(batch.real[..., None], batch.x, 1e4).astype(np.float32),
         tokens=np.where(batch.real, batch.tokens, 0),
     )
-    empty = EvalBatch(*(np.zeros_like(a) for a in batch))._replace(
+    empty = jax.tree.map(np.zeros_like, batch)._replace(
         documents=np.full_like(batch.documents, -1)
     )
     assert run(sae, params, [noisy, empty]) == run(sae, params, [batch])
+
+
+def test_ablations_can_be_run_beforehand():
+    batch, sae, params, lm = make_batch(), TiedSAE(8, 2), parameters(), model()
+    mean = scored_mean(batch)
+    plain = run(sae, params, [batch], mean=mean, lm=lm)
+    before = with_ablations(batch, lm, 0, mean, 20.0)
+    assert run(sae, params, [before], mean=mean, lm=lm) == plain
+    other = before._replace(ablated=jax.tree.map(lambda term: 2 * term, before.ablated))
+    doubled = run(sae, params, [other], mean=mean, lm=lm)
+    assert doubled["ce_zero"] == pytest.approx(2 * plain["ce_zero"])
+    assert doubled["ce_mean"] == pytest.approx(2 * plain["ce_mean"])
+    assert doubled["ce_spliced"] == plain["ce_spliced"]
 
 
 def test_outliers_are_left_out_and_counted():

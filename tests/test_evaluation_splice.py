@@ -1,5 +1,8 @@
 """Spliced losses against NumPy on a tiny causal language model."""
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,20 +25,23 @@ def run_on(hidden, segments):
     return jnp.where(same & jnp.tri(S, dtype=bool), 1.0, 0.0) @ hidden @ UNEMBED
 
 
+class Inputs(NamedTuple):
+    rows: splice.Rows
+    reconstructed: jax.Array
+    real: jax.Array
+
+
 def inputs(**changes):
     rng = np.random.default_rng(1)
     real = SEGMENTS > 0
     kept = real.copy()
     kept[:, 0] = False
-    default = splice.SpliceInputs(
-        x=rng.normal(size=(B, S, D)).astype(np.float32),
-        reconstructed=rng.normal(size=(B, S, D)).astype(np.float32),
-        tokens=rng.integers(0, V, (B, S)).astype(np.int32),
-        segments=SEGMENTS,
-        kept=kept,
-        real=real,
-    )
-    return jax.tree.map(jnp.asarray, default._replace(**changes))
+    x, reconstructed = (rng.normal(size=(B, S, D)).astype(np.float32) for _ in range(2))
+    tokens = rng.integers(0, V, (B, S)).astype(np.int32)
+    tokens = changes.get("tokens", tokens)
+    reconstructed = changes.get("reconstructed", reconstructed)
+    given = Inputs(splice.Rows(x, tokens, SEGMENTS, kept), reconstructed, real)
+    return jax.tree.map(jnp.asarray, given)
 
 
 def log_probs(hidden):
@@ -49,17 +55,20 @@ def log_probs(hidden):
 
 
 def totals(given, vocab=V):
-    terms = splice.token_terms_by_rows(run_on, jnp.asarray(MEAN), given, vocab)
+    spliced = splice.by_rows(partial(splice.splice_terms, run_on), vocab, *given)
+    ablate = partial(splice.ablation_terms, run_on, jnp.asarray(MEAN))
+    terms = spliced, splice.by_rows(ablate, vocab, given.rows)
     return jax.tree.map(lambda t: np.asarray(t, np.float64).sum(), terms)
 
 
 def metrics(given):
-    return {k: float(v) for k, v in splice.splice_metrics(totals(given)).items()}
+    return {k: float(v) for k, v in splice.splice_metrics(*totals(given)).items()}
 
 
 def test_against_numpy():
     given = inputs()
-    x, hat, tokens, _, kept, real = (np.asarray(a) for a in given)
+    x, tokens, _, kept = (np.asarray(a) for a in given.rows)
+    hat, real = np.asarray(given.reconstructed), np.asarray(given.real)
     variants = {
         "ce_clean": x,
         "ce_spliced": np.where(kept[..., None], hat, x),
@@ -83,11 +92,11 @@ def test_against_numpy():
     e["recovered"] = (e["ce_zero"] - e["ce_spliced"]) / (e["ce_zero"] - e["ce_clean"])
     e["recovered_mean"] = (e["ce_mean"] - e["ce_spliced"]) / (e["ce_mean"] - e["ce_clean"])
     assert metrics(given) == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert totals(given).predictions == len(positions)
+    assert totals(given)[0].predictions == len(positions)
 
 
 def test_perfect_reconstruction_recovers_everything():
-    x = inputs().x
+    x = inputs().rows.x
     got = metrics(inputs(reconstructed=x))
     assert got["ce_spliced"] == got["ce_spliced_all"] == got["ce_clean"]
     assert (got["delta_ce"], got["kl"], got["recovered"]) == (0, 0, 1)
@@ -102,7 +111,7 @@ def test_reconstruction_as_bad_as_the_ablation_recovers_nothing(value, key):
 
 def test_padding_is_never_read():
     given = inputs()
-    tokens, hat = np.array(given.tokens), np.array(given.reconstructed)
+    tokens, hat = np.array(given.rows.tokens), np.array(given.reconstructed)
     tokens[SEGMENTS == 0] = V - 1
     hat[SEGMENTS == 0] = 1e6
     assert totals(inputs(tokens=tokens, reconstructed=hat)) == totals(given)
@@ -112,7 +121,8 @@ def test_few_rows_at_a_time_change_nothing(monkeypatch):
     whole = totals(inputs())
     monkeypatch.setattr(splice, "MAX_LOGITS", S * V)
     assert splice.rows_per_call(B, S * V) == 1
-    assert list(totals(inputs())) == pytest.approx(list(whole), rel=1e-6)
+    for got, expected in zip(totals(inputs()), whole, strict=True):
+        assert list(got) == pytest.approx(list(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -125,4 +135,4 @@ def test_rows_per_call(monkeypatch, rows, most, expected):
 
 def test_no_language_model_leaves_everything_undefined():
     sums = jax.tree.map(np.sum, splice.no_terms((2, 3)))
-    assert all(np.isnan(v) for v in splice.splice_metrics(sums).values())
+    assert all(np.isnan(v) for v in splice.splice_metrics(*sums).values())

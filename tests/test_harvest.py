@@ -12,7 +12,7 @@ import tokenizers
 
 from scale_sae_jax.activations import store
 from scale_sae_jax.activations.forward import ReadableModel, params_on, run_model
-from scale_sae_jax.activations.harvest import harvest
+from scale_sae_jax.activations.harvest import _start, content_settings, harvest
 from scale_sae_jax.activations.masks import Fate, fates, keep, outliers, token_flags
 from scale_sae_jax.config import ActivationsConfig, LMConfig, TextConfig
 from scale_sae_jax.errors import UserError
@@ -82,12 +82,14 @@ def text_config(tmp_path, **options):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
 
 
-def reference(lm, text, config):
+def reference(lm, text, config, part=slice(None)):
     """All positions in order by plain NumPy: activations, their fate, and the document."""
-    rows = list(pack(training_documents(text), lm.tokenizer, text.context, text.packing, text.bos))
+    documents = list(training_documents(text))[part]
+    rows = list(pack(documents, lm.tokenizer, text.context, text.packing, text.bos))
     tokens, segments = np.stack([r.tokens for r in rows]), np.stack([r.segments for r in rows])
     start = np.diff(segments, axis=1, prepend=0) != 0
     x = np.asarray(lm.params)[tokens] + np.float32(LM.layer)
@@ -98,6 +100,11 @@ def reference(lm, text, config):
     median = np.median(norms[fate == "kept"])
     fate[(fate == "kept") & (norms > config.max_norm_ratio * median)] = "outliers"
     return x.reshape(-1, D), fate.reshape(-1), np.stack([r.documents for r in rows]).reshape(-1)
+
+
+def begin_parts(parts, lm, text, config, folder):
+    """The empty store that so many processes begin."""
+    _start(lm, content_settings(lm, text, config, LM), folder, parts)
 
 
 def as_set(rows):
@@ -238,6 +245,54 @@ def test_killed_after_the_last_shard(tmp_path, monkeypatch):
             harvest(lm, text, config, LM, cut)
         harvest(lm, text, config, LM, cut)
         assert files(cut) == files(whole)
+
+
+@pytest.mark.parametrize("tokens", [10**6, 500])
+def test_a_store_of_parts(tmp_path, tokens):
+    """Each part is the harvest of every third document; one process can go on with all three."""
+    lm, text = model(), text_config(tmp_path)
+    config = dataclasses.replace(ACTIVATIONS, dtype="float32", tokens=tokens, shard_rows=100)
+
+    def begin(folder):
+        begin_parts(3, lm, text, config, folder)
+        return folder
+
+    seen = []
+    manifest = harvest(lm, text, config, LM, begin(tmp_path / "store"), lambda *a: seen.append(a))
+    opened = store.open_store(tmp_path / "store")
+    store.verify(opened)
+    stripes = [reference(lm, text, config, slice(part, None, 3)) for part in range(3)]
+    kept = [x[fate == "kept"] for x, fate, _ in stripes]
+    kept = [x[: tokens // 3 + (part < tokens % 3)] for part, x in enumerate(kept)]
+    rows = opened.rows(np.arange(opened.n))
+    starts = np.cumsum([0, *map(len, kept)])
+    for part, start, stop in zip(kept, starts, starts[1:], strict=False):
+        assert as_set(rows[start:stop]) == as_set(part)
+    assert seen[-1] == (opened.n, tokens) and opened.n == sum(map(len, kept))
+    assert bool(manifest.note) == (tokens == 10**6)
+    everything = np.concatenate(kept)
+    assert opened.mean == pytest.approx(everything.mean(axis=0), abs=1e-5)
+    squared = (everything.astype(np.float64) ** 2).sum(axis=1).mean()
+    assert manifest.mean_squared_norm == pytest.approx(squared, rel=1e-6)
+    if tokens == 10**6:
+        texts = [document.text for document in training_documents(text)]
+        read = {document_hash(texts[3 * i + part])
+                for part, (*_, documents) in enumerate(stripes) for i in documents if i >= 0}
+        assert opened.documents().tolist() == sorted(read)
+    assert manifest.counts.documents == len(opened.documents())
+    harvest(lm, text, config, LM, tmp_path / "whole")
+    assert store.open_store(tmp_path / "whole").identity != opened.identity
+
+    def kill(done, total):
+        if done > 250:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harvest(lm, text, config, LM, begin(tmp_path / "cut"), kill)
+    with pytest.raises(UserError, match="did not finish"):
+        store.open_store(tmp_path / "cut")
+    assert harvest(lm, text, config, LM, tmp_path / "cut") == manifest
+    assert files(tmp_path / "cut") == files(tmp_path / "store")
 
 
 def test_resuming_over_a_damaged_shard_is_refused(tmp_path):

@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sums import sums_of_three
+from test_harvest import ACTIVATIONS, LM, begin_parts, files, model, text_config
 
 import scale_sae_jax
+from scale_sae_jax.activations import store
+from scale_sae_jax.activations.harvest import harvest
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel import processes
+from scale_sae_jax.text.splits import document_hash, training_documents
 from scale_sae_jax.training.metrics import read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -38,11 +42,15 @@ def compiled_once(tmp_path_factory):
         yield
 
 
-def launch(array, workdir, count, devices, steps=STEPS):
-    """The processes of one run."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def launch(array, workdir, count, devices, steps=STEPS):
+    """The processes of one run."""
+    port = free_port()
     config = f"configs/array.py:path={array},experts=8,latents=64,l0=4"
     command = [sys.executable, "-m", "experiments.train", f"--config={config}",
                f"--workdir={workdir}", *(f"--config.{setting}" for setting in SETTINGS),
@@ -103,6 +111,59 @@ def test_a_lost_process_ends_the_others_and_a_restart_resumes(
     _, params = scale_sae_jax.load(tmp_path)
     for name, value in alone.items():
         assert np.abs(params[name] - value).max() < 1e-5 * max(np.abs(value).max(), 1e-3), name
+
+
+HARVEST = """
+import sys
+from pathlib import Path
+from test_harvest import ACTIVATIONS, LM, model, text_config
+from scale_sae_jax.activations.harvest import harvest
+from scale_sae_jax.parallel import processes
+
+folder, port, most, number = sys.argv[1:]
+processes.join(f"127.0.0.1:{port}", 2, int(number))
+
+def progress(done, total):
+    if done > int(most):
+        sys.exit(7)
+
+harvest(model(), text_config(Path(folder)), ACTIVATIONS, LM, Path(folder) / "store", progress)
+"""
+
+
+def harvest_together(folder, most):
+    """Exit statuses of two processes that harvest into `folder`, and stop when `most` are kept."""
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", HARVEST, str(folder), str(free_port()), str(most)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running = [
+        subprocess.Popen([*command, number], env=env, text=True, **pipes) for number in "01"
+    ]
+    return finish(running)
+
+
+def test_each_process_harvests_its_own_documents(tmp_path):
+    """Both stop in step and go on; the files are those of one process with the same two parts."""
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    for folder in (both, alone):
+        folder.mkdir()
+        text = text_config(folder)
+    ends = harvest_together(both, 600)
+    assert {code for code, *_ in ends} == {7}, ends
+    assert not store.read_manifest(both / "store").complete
+    ends = harvest_together(both, 10**9)
+    assert {code for code, *_ in ends} == {0}, ends
+    begin_parts(2, model(), text, ACTIVATIONS, alone / "store")
+    harvest(model(), text, ACTIVATIONS, LM, alone / "store")
+    made, expected = files(both / "store"), files(alone / "store")
+    assert made.keys() == expected.keys()
+    for name, content in made.items():  # norms are compiled otherwise in tests, to the last bit
+        assert content == expected[name] or name.endswith(store.MANIFEST), name
+    assert store.open_store(both / "store").n == ACTIVATIONS.tokens
+    hashes = [set(store.load_documents(both / "store" / f"part-0000{part}").tolist())
+              for part in (0, 1)]
+    texts = [document_hash(d.text) for d in training_documents(text)]
+    assert hashes[0] <= set(texts[::2]) and hashes[1] <= set(texts[1::2])
 
 
 def test_a_users_mistake_is_told_by_every_process(array, tmp_path):

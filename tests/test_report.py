@@ -76,8 +76,21 @@ def test_figures_show_arms_and_leave_out_what_is_not_there():
     lines = [line for line in curve.axes[0].get_lines() if len(line.get_xdata()) == 2]
     np.testing.assert_allclose(np.array(lines[0].get_ydata(), float), [0.21, 0.21])
     assert figures.pareto(arms) is not None
-    assert figures.redundancy(arms) is None and figures.omega({}) is None
+    assert figures.redundancy(arms) is None and figures.specialisation(arms) is None
+    assert figures.omega({}) is None
     assert figures.along(ROWS[:3], AXES, "k") is None and figures.similarity({}) is None
+
+
+def test_a_row_an_arm_and_a_mark_for_each_part():
+    rows = [row | {"load_cv": 0.3, "expert_mi": 2.0 + row["seed"], "expert_mi_null": 0.5}
+            for row in ROWS]
+    arms = arms_of([*rows, {"preset": "plain", "load_cv": 0.0}], ["preset"])
+    figure = figures.specialisation(arms)
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["a", "b"]
+    marks = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 2]
+    values = {tuple(map(float, line.get_xdata())) for line in marks}
+    assert {(3.0, 3.0), (0.5, 0.5)} <= values
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["measured", "shuffled tokens"]
 
 
 def test_pages_escape_what_they_are_given():
@@ -162,7 +175,8 @@ def test_a_killed_sweep_ends_as_a_whole_one_and_its_report_has_every_cell(comman
     out = finish(command("report", whole))
     folder = whole / "report"
     assert out.strip() == f"{folder}/index.html"
-    names = {"quality", "pareto", "redundancy", "expert_load", "omega", "similarity", "along_k"}
+    names = {"quality", "pareto", "redundancy", "expert_load", "omega", "similarity",
+             "specialisation", "along_k"}
     for name in names:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (folder / f"{name}.svg").read_text()

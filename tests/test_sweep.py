@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
+from pydoc_data.topics import topics
 from threading import Event
 
 import numpy as np
@@ -12,7 +14,16 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 from scipy import stats
-from test_commands import FORKING, ROOT, begin, data, environment, wait_for_step  # noqa: F401
+from test_commands import (
+    FORKING,
+    ROOT,
+    WIDTH,
+    begin,
+    data,  # noqa: F401
+    environment,  # noqa: F401
+    wait_for_step,
+    write_model,
+)
 
 import scale_sae_jax
 from experiments import sweep as command
@@ -78,7 +89,7 @@ def test_a_product_varies_the_last_list_fastest_and_lists_add_up():
     (
         ("architectures.py:seeds=2", 32),
         ("architectures.py:data=synthetic,only=topk+ours,seeds=1", 3),
-        ("learning_rates.py", 36),
+        ("learning_rates.py", 40),
         ("ours.py:seeds=2", 32),
         ("l0_by_experts.py:data=owt,rates=published,seeds=1", 39),
         ("l0_by_experts.py", 117),
@@ -89,14 +100,16 @@ def test_a_product_varies_the_last_list_fastest_and_lists_add_up():
         ("load_balance.py:seeds=1", 10),
         ("gate.py:seeds=1", 20),
         ("biomedical.py", 15),
+        ("reproduction.py", 165),
     ),
 )
 def test_the_grids_of_this_project_have_their_cells(name, cells):
     grid = sweep.read_grid(f"configs/grids/{name}")
     assert len(grid) == cells
-    for made in grid:
+    known = [c for c in grid if c.config.sae.match != "time"]  # that is measured by the run
+    for made in known:
         build(made.config.sae, 8)
-    widths = {c.name: build(c.config.sae, 8).config for c in grid if "seed=0" in c.name}
+    widths = {c.name: build(c.config.sae, 8).config for c in known if "seed=0" in c.name}
     if "architectures" in name:
         active = {c.active * c.latents // c.experts for n, c in widths.items() if "-active" in n}
         assert active == {512}
@@ -183,12 +196,14 @@ def test_cells_run_in_order_and_share_and_finished_ones_are_skipped(tmp_path, fa
     expected = ["sources a.npy", "a-seed=0", "a-seed=1", "sources b.npy", "b-seed=0"]
     assert fake == expected
     out = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in out] == [name for name in expected if "seed" in name]
-    assert "FVU 0.1000" in out[1]
+    names = ["cell", *(name for name in expected if "seed" in name)]
+    assert [line.split()[0] for line in out] == names
+    assert out[0].split()[1:3] == ["FVU", "delta"] and out[2].split()[1:3] == ["0.1000", "-"]
+    assert re.fullmatch(r"\d+:\d\d:\d\d", out[1].split()[-1])  # of the two cells that are left
     fake.clear()
     assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
     assert fake == ["sources b.npy", "b-seed=1"]
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
     fake.clear()  # other settings are another cell; a damaged record is no record
     changed = [cell(grid[0].axes, settings("a.npy"), {"steps": 5}), *grid[1:]]
@@ -201,7 +216,7 @@ def test_a_cell_that_fails_is_told_and_the_rest_go_on(tmp_path, fake, capsys, mo
     grid = fake_cells((0, 13, 1), "a")
     assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == ["a-seed=13"]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[1] == "a-seed=13  failed: ValueError: bad luck"
+    assert len(lines) == 4 and lines[2] == "a-seed=13  failed: ValueError: bad luck"
     trace = (tmp_path / "a-seed=13" / "error.txt").read_text()
     assert "Traceback" in trace and "ValueError: bad" in trace
     assert pyarrow.parquet.read_table(tmp_path / "results.parquet")["seed"].to_pylist() == [0, 1]
@@ -228,6 +243,10 @@ def test_columns_of_the_results(tmp_path, fake):
     row = {"array": "a", "seed": 1, "fvu": 0.1, "fvu_ci95_lo": 0.0, "fvu_ci95_hi": 1.0, "kl": None}
     row |= {"folder": "a-seed=1", "command": alone}
     assert table.read_rows(tmp_path) == [row]
+    assert table.read_rows(tmp_path, ["array=a", "seed=1"]) == [row]
+    wrong = {"seed=2": "there are 1", "lr=2": "have array, seed", "seed": "write COLUMN=VALUE"}
+    for where, part in wrong.items():
+        assert part in refusal(lambda: table.read_rows(tmp_path, [where]))
     text = pyarrow.csv.read_csv(tmp_path / "results.csv")
     assert text.column_names == list(row) and text.to_pylist() == [row]
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -301,11 +320,34 @@ def test_a_killed_sweep_ends_with_the_same_results(data, tmp_path):  # noqa: F81
     assert second.returncode == reference.returncode == 1
     assert "Traceback" not in err and "error: failed: absent-seed=3 (" in err
     starts = [[line.split()[0] for line in text.splitlines()] for text in (out, expected)]
-    assert starts[0] == starts[1] == ["absent-seed=3", "acts-seed=3", "1"]
+    assert starts[0] == starts[1] == ["cell", "absent-seed=3", "acts-seed=3", "1"]
     assert "absent.npy" in (broken / "absent-seed=3" / "error.txt").read_text()
     (ours,), (theirs,) = (table.read_rows(folder) for folder in (broken, whole))
     assert list(ours) == list(theirs)
     assert all(ours[key] == theirs[key] for key in ours.keys() - TIMES)
+
+
+def test_the_papers_study_runs_at_a_reduced_size(tmp_path):
+    """GPT-2 with random weights and ten blocks, in place of the one of 12."""
+    write_model(tmp_path / "gpt2", [text[:2000] for text in topics.values()], 10, 128)
+    pieces = [text[i : i + 200] for text in topics.values() for i in range(0, len(text), 200)]
+    assert len(pieces) > 1500  # of which a two-hundredth is held out
+    lines = [json.dumps({"text": piece}) + "\n" for piece in pieces]
+    (tmp_path / "owt.jsonl").write_text("".join(lines))
+    size = "steps=3,batch=64,latents=1024,experts=8,eval_tokens=256,seeds=1,tokens=256"
+    grid = f"configs/paper/gpt2_owt.py:lm={tmp_path}/gpt2,text={tmp_path}/owt.jsonl,{size}"
+    chosen = "--filter=scaling-authors-gain,error-k=32-topk-width"
+    flags = [f"--grid={grid}", f"--workdir={tmp_path}/study", chosen]
+    out, _ = begin("sweep", *flags, "--dry_run", f"--d={WIDTH}").communicate(timeout=120)
+    flops = 3 * 192 * 2 * WIDTH * ((256 + 8 + 32) + (1024 + 32))
+    assert out.splitlines()[-1] == (
+        f"2 cells to run, 384 activations to train on, 256 to harvest, {flops:.3g} FLOP of training"
+    )
+    out, err = begin("sweep", *flags).communicate(timeout=280)
+    assert "2 of 2 cells finished" in out, err
+    rows = table.read_rows(tmp_path / "study", ["part=error"])
+    assert [row["folder"] for row in rows] == ["error-k=32-topk-width-seed=0"]
+    assert rows[0]["biomedical_delta_ce"] is not None and rows[0]["total_width"] == 1024
 
 
 # The table
@@ -392,6 +434,7 @@ def test_mistakes_are_told_in_one_line(data, tmp_path):  # noqa: F811
         assert lines[0].startswith("error: ") and part in lines[0], (args, lines)
     printed = done.stdout.splitlines()
     assert [line for line in printed if line != "2"] == [
-        "acts-seed=3", "0", *(tmp_path / "table.md").read_text().splitlines(), "0"
+        "acts-seed=3", "1 cell to run, 640 activations to train on", "0",
+        *(tmp_path / "table.md").read_text().splitlines(), "0",
     ]
     assert printed.count("2") == len(cases) and not (tmp_path / "new").exists()

@@ -1,9 +1,10 @@
 """What the grids share: their arguments, sizes and data, and each preset's learning rate.
 
 After its colon every grid takes: data (a file of configs/), seeds, steps, eval_tokens, l0, experts,
-latents, path (of data=array), rates, and what its own docstring adds. 0 or nothing leaves a setting
-as the data's config file has it. rates=tuned takes the learning rates below, found for runs of a
-few hundred steps; rates=published the rule of the published runs, for long ones:
+latents, batch, path (of data=array), lm and text (local files in the place of the data's), rates,
+and what its own docstring adds. 0 or nothing leaves a setting as the data's config file has it.
+rates=tuned takes the learning rates below, found for runs of a few hundred steps; rates=published
+the rule of the published runs, for long ones:
 
     python -m experiments.sweep --grid=configs/grids/l0_by_experts.py:data=owt,rates=published ...
 """
@@ -27,6 +28,7 @@ TUNED = {
     "matryoshka": 8e-3,
     "switch": 4e-3,
     "paper": 4e-3,
+    "authors": 4e-3,
     "ours": 8e-3,
 }
 # Where options and learning rates are chosen: not the block that the comparisons report.
@@ -42,8 +44,8 @@ SIZES = ("l0", "experts", "active", "latents", "preset", "match", "seed", "path"
 def parse(arg: str, **more: Any) -> Any:
     """A grid's argument, with `more` of its own. Raises UserError as `parse_arg`."""
     shared = dict(
-        data="quickstart", seeds=3, steps=0, eval_tokens=0, l0=0, experts=0, latents=0, path="",
-        rates="tuned",
+        data="quickstart", seeds=3, steps=0, eval_tokens=0, l0=0, experts=0, latents=0, batch=0,
+        path="", lm="", text="", rates="tuned",
     )
     parsed = parse_arg(arg, **shared | more)
     if parsed.rates not in ("tuned", "published"):
@@ -70,7 +72,8 @@ def cells(
     if not arg.data.isidentifier() or importlib.util.find_spec(f"configs.{arg.data}") is None:
         raise UserError(f"data={arg.data}: there is no configs/{arg.data}.py")
     config = importlib.import_module(f"configs.{arg.data}")
-    common = {"steps": arg.steps, "eval.tokens": arg.eval_tokens}
+    common = {"steps": arg.steps, "eval.tokens": arg.eval_tokens, "batch_size": arg.batch,
+              "lm.path": arg.lm, "text.path": arg.text}
     common = {name: value for name, value in common.items() if value}
     sizes = {name: arg[name] for name in ("l0", "experts", "latents", "path") if arg[name]}
     found = []

@@ -14,6 +14,6 @@ from scale_sae_jax.sweep import axis, product
 def get_grid(arg=""):
     arg = base.parse(arg, seeds=1, steps=200)
     presets = product(axis("preset", MATCHED), axis("match", ("active",)))
-    presets += product(axis("preset", MANY_EXPERTS), axis("match", ("both",)))
+    presets += product(axis("preset", (*MANY_EXPERTS, "authors")), axis("match", ("both",)))
     points = product(presets, axis("lr", (2e-3, 4e-3, 8e-3, 1.6e-2)))
     return base.cells(arg, points, lambda axes: base.TUNING | {"optim.lr": axes["lr"]})

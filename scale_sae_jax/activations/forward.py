@@ -13,8 +13,7 @@ from scale_sae_jax.activations.masks import Fate, fates, token_flags
 from scale_sae_jax.activations.store import STORED
 from scale_sae_jax.config import ActivationsConfig, LMConfig
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.parallel import processes
-from scale_sae_jax.parallel.mesh import TOKENS, make_mesh, model_specs, placed
+from scale_sae_jax.parallel.mesh import TOKENS, local_mesh, model_specs, placed
 from scale_sae_jax.text.packing import TokenRows
 
 
@@ -49,7 +48,7 @@ def run_model(
     """The output of block `lm_config.layer` on each batch; no later block is run.
 
     The next batch is dispatched before a result is waited for. Rows are split over the devices of
-    all processes, each of which gets all results. Raises UserError if a kept activation is not
+    this process; other processes run their own. Raises UserError if a kept activation is not
     finite.
     """
     dtype = jnp.dtype(config.dtype)
@@ -66,11 +65,11 @@ def run_model(
         ]
         return batch, run(params, *jax.device_put(filled, by_row))
 
-    mesh = make_mesh("data:-1", 1)
+    mesh = local_mesh()
     params = params_on(mesh, lm, lm_config)
     by_row = NamedSharding(mesh, TOKENS)
     for (batch, result), _ in pairwise(chain(map(dispatch, batches), (None,))):
-        whole = (array[: len(batch.tokens)] for array in processes.everywhere(result))
+        whole = (array[: len(batch.tokens)] for array in jax.device_get(result))
         yield _slab(batch, *whole, lm.tokenizer.special_ids, config)
 
 

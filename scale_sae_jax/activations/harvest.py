@@ -3,6 +3,11 @@
 The positions of the token rows form one fixed sequence, and a shard ends at a definite position of
 it: `counts.tokens_seen` in the manifest is all that is needed to go on after a kill, and the files
 come out byte for byte as without one.
+
+Several processes read a text in parts, as many as there are processes when the harvest begins: part
+p of P takes every P-th document, has a sequence of its own and is a store of its own, DIR/part-p.
+When all are complete, DIR/manifest.json lists the shards of all. No process reads another's text or
+waits for its activations, and other processes, in other numbers, can go on with the parts.
 """
 
 import dataclasses
@@ -14,6 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from scale_sae_jax.activations import store
@@ -46,6 +52,23 @@ class _Moments(NamedTuple):
     squares: float = 0.0
 
 
+class _Part(NamedTuple):
+    """Every `count`-th document of the training text, from document `number` on."""
+
+    number: int
+    count: int
+
+    def folder(self, store_folder: Path) -> Path:
+        return store_folder if self.count == 1 else store_folder / f"part-{self.number:05d}"
+
+    def settings(self, of_store: dict[str, Any]) -> dict[str, Any]:
+        return of_store | ({"part": f"{self.number} of {self.count}"} if self.count > 1 else {})
+
+    def tokens(self, in_all: int) -> int:
+        """Activations wanted from this part."""
+        return in_all // self.count + (self.number < in_all % self.count)
+
+
 def harvest(
     lm: ReadableModel,
     text_config: TextConfig,
@@ -58,11 +81,11 @@ def harvest(
 
     Goes on where a killed harvest stopped and returns at once where the store is complete. Ends
     when `activations_config.tokens` are kept or the text ends, which the manifest then notes. Every
-    process of a program calls this alike; one of them writes.
+    process of a program calls this alike.
 
     Args:
-      lm: the model; `run_to` is jitted, rows are split over the devices of all processes.
-      progress: called with activations kept so far, and wanted, as they come.
+      lm: the model; `run_to` is jitted, rows are split over the devices of each process.
+      progress: called in every process with activations kept so far by all, and wanted.
 
     Raises:
       UserError: if the store holds something else or is damaged, nothing is left after the masks,
@@ -70,17 +93,48 @@ def harvest(
     """
     folder, wanted = Path(path), activations_config.tokens
     settings = content_settings(lm, text_config, activations_config, lm_config)
-    leads = processes.leads()
-    processes.lead_alone(lambda: _start(lm, settings, folder))
-    manifest = _start(lm, settings, folder)
+    processes.lead_alone(lambda: _start(lm, settings, folder, jax.process_count()))
+    manifest = _start(lm, settings, folder, jax.process_count())
     if manifest.complete:
         return manifest
+    configs = text_config, activations_config, lm_config
+    parts = [_Part(number, manifest.parts) for number in range(manifest.parts)]
+    own = parts[jax.process_index() :: jax.process_count()]
+    filling = chain.from_iterable(_fill(lm, part, settings, folder, *configs) for part in own)
+    kept, busy = 0, True
+    while busy:  # in step, so that all processes stop together
+        new = next(filling, None)
+        kept += new or 0
+        kept_by_all, busy_ones = processes.total(np.array([kept, new is not None]))
+        busy = busy_ones > 0
+        if busy:
+            progress(int(kept_by_all), wanted)
+    processes.lead_alone(lambda: _finish(folder, manifest, parts, wanted))
+    return store.read_manifest(folder)
+
+
+def _fill(
+    lm: ReadableModel,
+    part: _Part,
+    store_settings: dict[str, Any],
+    store_folder: Path,
+    text_config: TextConfig,
+    activations_config: ActivationsConfig,
+    lm_config: LMConfig,
+) -> Iterator[int]:
+    """Harvests one part to its end; yields the activations kept since the yield before."""
+    folder, wanted = part.folder(store_folder), part.tokens(activations_config.tokens)
+    manifest = _start(lm, part.settings(store_settings), folder)
+    yield manifest.counts.kept
+    if manifest.complete:
+        return
     moments, documents = _read_back(folder, manifest)
     batch_positions = lm_config.rows_per_batch * text_config.context
     done_batches, done_positions = divmod(manifest.counts.tokens_seen, batch_positions)
 
     hashes = array("Q")  # of every document that was opened, by running index
-    texts = _noting_hashes(training_documents(text_config), hashes)
+    own = islice(training_documents(text_config), part.number, None, part.count)
+    texts = _noting_hashes(own, hashes)
     rows = pack(texts, lm.tokenizer, text_config.context, text_config.packing, text_config.bos)
     batches = islice(row_batches(rows, lm_config.rows_per_batch), done_batches, None)
     slabs = _without(done_positions, run_model(lm, lm_config, batches, activations_config))
@@ -89,41 +143,67 @@ def harvest(
         manifest = dataclasses.replace(manifest, median_norm=median_norm)
     slabs = _mark_outliers(slabs, manifest.median_norm, activations_config.max_norm_ratio)
 
-    for x, indices, counts in _blocks(slabs, manifest.counts, activations_config, progress):
-        shards = manifest.shards
-        if len(x):
-            x = x[permuted(np.arange(len(x)), len(x), seed=len(shards))]
-            moments = _add(moments, x)
-            shards = (*shards, store.write_shard(folder, len(shards), x, leads))
-        if not shards:
-            raise _nothing_kept()
-        documents = np.union1d(documents, np.frombuffer(hashes.tobytes(), np.uint64)[indices])
-        if leads:
+    for new, block in _blocks(slabs, manifest.counts, activations_config.shard_rows, wanted):
+        if block is not None:
+            x, indices, counts = block
+            shards = manifest.shards
+            if len(x):
+                x = x[permuted(np.arange(len(x)), len(x), seed=len(shards))]
+                moments = _add(moments, x)
+                shards = (*shards, store.write_shard(folder, len(shards), x))
+            if not shards:
+                raise _nothing_kept()
+            documents = np.union1d(documents, np.frombuffer(hashes.tobytes(), np.uint64)[indices])
             store.write_array(folder / store.DOCUMENTS, documents)
-        counts = dataclasses.replace(
-            counts,
-            documents=len(documents),
-            rows=-(-counts.tokens_seen // text_config.context),
-        )
-        manifest = dataclasses.replace(manifest, d=x.shape[1], shards=shards, counts=counts)
-        if leads:
+            counts = dataclasses.replace(
+                counts,
+                documents=len(documents),
+                rows=-(-counts.tokens_seen // text_config.context),
+            )
+            manifest = dataclasses.replace(manifest, d=x.shape[1], shards=shards, counts=counts)
             store.write_manifest(folder, manifest)
+        yield new
 
-    note = ""
-    if manifest.n < wanted:
-        note = f"the text ended after {manifest.n} of {wanted} activations"
+    store.write_array(folder / store.MEAN, (moments.total / manifest.n).astype(np.float32))
     manifest = dataclasses.replace(
-        manifest, complete=True, mean_squared_norm=moments.squares / manifest.n, note=note
+        manifest, complete=True, mean_squared_norm=moments.squares / manifest.n,
+        note=_note(manifest.n, wanted),
     )
+    store.write_manifest(folder, manifest)
 
-    def finish() -> None:
-        if note:
-            print(f"{folder}: {note}")
-        store.write_array(folder / store.MEAN, (moments.total / manifest.n).astype(np.float32))
-        store.write_manifest(folder, manifest)
 
-    processes.lead_alone(finish)
-    return manifest
+def _finish(folder: Path, manifest: Manifest, parts: list[_Part], wanted: int) -> None:
+    """Makes one store of several complete parts, and prints its note, if there is one."""
+    if len(parts) > 1:
+        stores = [store.open_store(part.folder(folder)) for part in parts]
+        made = [one.manifest for one in stores]
+        weights = np.array([one.n for one in made]) / sum(one.n for one in made)
+        documents = np.unique(np.concatenate([one.documents() for one in stores]))
+        counts = [sum(values) for values in zip(*(dataclasses.astuple(m.counts) for m in made),
+                                                strict=True)]
+        shards = tuple(
+            dataclasses.replace(shard, file=f"{one.path.name}/{shard.file}")
+            for one in stores for shard in one.manifest.shards
+        )
+        store.write_array(folder / store.DOCUMENTS, documents)
+        mean = sum(w * one.mean.astype(np.float64) for w, one in zip(weights, stores, strict=True))
+        store.write_array(folder / store.MEAN, mean.astype(np.float32))
+        store.write_manifest(folder, dataclasses.replace(
+            manifest,
+            complete=True,
+            d=made[0].d,
+            shards=shards,
+            counts=dataclasses.replace(Counts(*counts), documents=len(documents)),
+            median_norm=float(np.mean([one.median_norm for one in made])),
+            mean_squared_norm=float(weights @ [one.mean_squared_norm for one in made]),
+            note=_note(sum(one.n for one in made), wanted),
+        ))
+    if note := store.read_manifest(folder).note:
+        print(f"{folder}: {note}")
+
+
+def _note(kept: int, wanted: int) -> str:
+    return f"the text ended after {kept} of {wanted} activations" if kept < wanted else ""
 
 
 def content_settings(
@@ -153,8 +233,14 @@ def content_settings(
     }
 
 
-def _start(lm: ReadableModel, settings: dict[str, Any], folder: Path) -> Manifest:
-    """The manifest in `folder`, or that of an empty store. Refuses one made with other settings."""
+def _start(
+    lm: ReadableModel, settings: dict[str, Any], folder: Path, parts: int = 1
+) -> Manifest:
+    """The manifest in `folder`, or that of an empty store. Refuses one made with other settings.
+
+    Args:
+      parts: of a store that is to begin; several are written down at once.
+    """
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if not (folder / store.MANIFEST).exists():
         try:
@@ -164,7 +250,11 @@ def _start(lm: ReadableModel, settings: dict[str, Any], folder: Path) -> Manifes
                 f"cannot make folder {folder}: {error.strerror}; choose another "
                 "--config.activations.path"
             ) from None
-        return Manifest(lm.name, settings, fingerprint, settings["activations"]["dtype"])
+        dtype = settings["activations"]["dtype"]
+        manifest = Manifest(lm.name, settings, fingerprint, dtype, parts=parts)
+        if parts > 1:
+            store.write_manifest(folder, manifest)
+        return manifest
     manifest = store.read_manifest(folder)
     if manifest.fingerprint != fingerprint:
         there, here = flatten(manifest.settings), flatten(settings)
@@ -235,13 +325,13 @@ def _mark_outliers(
 
 
 def _blocks(
-    slabs: Iterator[Slab],
-    counts: Counts,
-    config: ActivationsConfig,
-    progress: Callable[[int, int], object],
-) -> Iterator[_Block]:
-    """Cuts the positions after each `shard_rows`-th kept one, and ends after `tokens` kept ones."""
-    room = min(config.shard_rows, config.tokens - counts.kept)
+    slabs: Iterator[Slab], counts: Counts, shard_rows: int, wanted: int
+) -> Iterator[tuple[int, _Block | None]]:
+    """Cuts the positions after each `shard_rows`-th kept one, and ends after `wanted` kept ones.
+
+    Yields activations kept since the yield before, and the block that they complete, if one.
+    """
+    room = min(shard_rows, wanted - counts.kept)
     if not room:
         return
     parts, documents = [], []
@@ -255,16 +345,16 @@ def _blocks(
             documents.append(np.unique(slab.documents[begin:end]))
             room -= len(kept)
             begin = end
-            progress(counts.kept, config.tokens)
             if room:
+                yield len(kept), None
                 continue
-            yield _block(parts, documents, counts)
+            yield len(kept), _block(parts, documents, counts)
             parts, documents = [], []
-            room = min(config.shard_rows, config.tokens - counts.kept)
+            room = min(shard_rows, wanted - counts.kept)
             if not room:
                 return
     if parts:
-        yield _block(parts, documents, counts)
+        yield 0, _block(parts, documents, counts)
 
 
 def _block(parts: list[np.ndarray], documents: list[np.ndarray], counts: Counts) -> _Block:

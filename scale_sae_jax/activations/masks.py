@@ -60,9 +60,13 @@ def keep(flags: TokenFlags, config: ActivationsConfig) -> Bool[np.ndarray, "B S"
     return fates(flags, config) == Fate.KEPT
 
 
+def largest_norm(median_norm: float, max_norm_ratio: float) -> float:
+    """The norm over which an activation is an outlier; none is if the ratio is 0."""
+    return max_norm_ratio * median_norm if max_norm_ratio > 0 else np.inf
+
+
 def outliers(
     norms: Float[np.ndarray, "*T"], median_norm: float, max_norm_ratio: float
 ) -> Bool[np.ndarray, "*T"]:
-    """Activations with a norm over `max_norm_ratio` times the median; none if the ratio is 0."""
-    limit = max_norm_ratio * median_norm if max_norm_ratio > 0 else np.inf
-    return norms > limit
+    """Activations with a norm over `max_norm_ratio` times the median."""
+    return norms > largest_norm(median_norm, max_norm_ratio)

@@ -5,6 +5,8 @@
     mean.npy         [D] float32, mean of all rows
     documents.npy    sorted uint64 hashes of the documents that went in
 
+    part-00000/      a store of its own, with its shards: what one of several processes harvested
+
 Every file is replaced whole, so a reader never sees half of one.
 """
 
@@ -28,6 +30,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MEAN = "mean.npy"
 DOCUMENTS = "documents.npy"
+SHARD = r"(part-\d{5,}/)?shard-\d{5,}\.npy"
 STORED = {"bfloat16": np.dtype(np.uint16), "float32": np.dtype(np.float32)}
 
 
@@ -65,9 +68,10 @@ class Manifest:
 
     settings: everything that determines the content (model and tokenizer checksums, layer, text
         and its files, options); fingerprint: their sha256. model: the model's name.
-    median_norm: of the first kept activations, the yardstick for outliers.
+    median_norm: of the first kept activations, the yardstick for outliers; the mean over parts.
     mean_squared_norm: over all rows, 0 until the store is complete.
     note: a remark for people, '' if there is nothing to say.
+    parts: stores that this one is made of, each a stripe of the text; 1 if it is of one piece.
     """
 
     model: str
@@ -81,6 +85,7 @@ class Manifest:
     complete: bool = False
     mean_squared_norm: float = 0.0
     note: str = ""
+    parts: int = 1
     format: int = FORMAT
 
     @property
@@ -114,7 +119,8 @@ class ActivationStore:
     @property
     def identity(self) -> str:
         """Equal for stores of equal content."""
-        return self.manifest.fingerprint
+        parts = self.manifest.parts
+        return self.manifest.fingerprint + (f"-{parts}" if parts > 1 else "")
 
     def rows(self, ids: Int64[np.ndarray, " T"]) -> Float32[np.ndarray, "T D"]:
         """The rows with these ids, in 0 ... n - 1."""
@@ -190,17 +196,9 @@ def load_documents(folder: Path) -> UInt64[np.ndarray, " H"]:
     return hashes
 
 
-def write_shard(
-    folder: Path, number: int, rows: Shaped[np.ndarray, "T D"], leads: bool = True
-) -> Shard:
-    """Writes rows in their stored dtype as shard `number`.
-
-    Args:
-      leads: False in a process that leaves the writing to another; its `Shard` has no checksum.
-    """
+def write_shard(folder: Path, number: int, rows: Shaped[np.ndarray, "T D"]) -> Shard:
+    """Writes rows in their stored dtype as shard `number`."""
     path = folder / f"shard-{number:05d}.npy"
-    if not leads:
-        return Shard(path.name, len(rows), "")
     write_array(path, rows)
     return Shard(path.name, len(rows), _sha256(path))
 
@@ -247,9 +245,11 @@ def _is_sound(manifest: Manifest) -> bool:
         manifest.dtype in STORED
         and isinstance(manifest.settings, dict)
         and isinstance(manifest.median_norm, float | int)
+        and isinstance(manifest.parts, int)
+        and manifest.parts > 0
         and all(isinstance(value, int) and value >= 0 for value in (manifest.d, *counts))
         and all(isinstance(shard.rows, int) and shard.rows > 0 for shard in shards)
-        and all(re.fullmatch(r"shard-\d{5,}\.npy", str(shard.file)) for shard in shards)
+        and all(re.fullmatch(SHARD, str(shard.file)) for shard in shards)
         and manifest.n == manifest.counts.kept
         and (manifest.n > 0 or not manifest.complete)
     )

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from scale_sae_jax.activations.masks import largest_norm
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation import experts, reconstruction, redundancy, sparsity, splice
 from scale_sae_jax.evaluation.bootstrap import (
@@ -67,6 +68,7 @@ class EvalBatch(NamedTuple):
     documents: np.ndarray  # [B, S] int64 document, -1 padding; blocks of rows of an array
     scored: np.ndarray  # [B, S] bool: counts unless it is an outlier
     real: np.ndarray  # [B, S] bool: not padding
+    ablated: splice.AblationTerms | None = None  # see `with_ablations`
 
 
 class TokenTerms(NamedTuple):
@@ -100,7 +102,7 @@ def measure(
     flat = x.reshape(-1, x.shape[-1])
     codes, routing = sae.encode(params, flat), sae.route(params, flat)
     reconstructed = sae.decode(params, codes).reshape(x.shape)
-    kept = scored & (jnp.linalg.norm(x, axis=-1) <= max_norm)
+    kept = kept_tokens(x, scored, max_norm)
     fired = (codes.values != 0) & kept.reshape(-1, 1)
     entropy = jax.scipy.special.entr(routing.probs).sum(axis=-1).reshape(kept.shape)
     terms = TokenTerms(
@@ -117,19 +119,63 @@ def measure(
     )
 
 
+def kept_tokens(
+    x: Float[Array, "B S D"], scored: Bool[Array, "B S"], max_norm: Float[Array, ""]
+) -> Bool[Array, "B S"]:
+    """Scored tokens that are no outliers."""
+    return scored & (jnp.linalg.norm(x, axis=-1) <= max_norm)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
 def measure_splice(
     lm: SplicedModel,
     layer: int,
     lm_params: PyTree,
-    mean: Float[Array, " D"],
-    inputs: splice.SpliceInputs,
+    rows: splice.Rows,
+    reconstructed: Float[Array, "B S D"],
+    real: Bool[Array, "B S"],
 ) -> splice.SpliceTerms:
     """Terms [B, S] of the language model run on from the output of block `layer`."""
+    terms_of = partial(splice.splice_terms, _run_on(lm, layer, lm_params))
+    return splice.by_rows(terms_of, lm.vocab, rows, reconstructed, real)
 
-    def run_on(hidden: Array, segments: Array) -> Array:
-        return lm.run_from(lm_params, hidden, segments, layer)
 
-    return splice.token_terms_by_rows(run_on, mean, inputs, lm.vocab)
+def with_ablations(
+    batch: EvalBatch,
+    lm: SplicedModel,
+    layer: int,
+    mean: Float[np.ndarray | Array, " D"],
+    max_norm: float,
+) -> EvalBatch:
+    """The batch with what the language model loses to mean and zero ablation on it.
+
+    No autoencoder changes that: a batch which several are measured on is given it once. `mean` and
+    `max_norm` must be those of `evaluate`.
+    """
+    inputs = batch.x, batch.tokens, batch.segments, batch.scored
+    terms = _ablate(lm, layer, lm.params, np.asarray(mean), np.float32(max_norm), *inputs)
+    return batch._replace(ablated=jax.device_get(terms))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _ablate(
+    lm: SplicedModel,
+    layer: int,
+    lm_params: PyTree,
+    mean: Float[Array, " D"],
+    max_norm: Float[Array, ""],
+    x: Float[Array, "B S D"],
+    tokens: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    scored: Bool[Array, "B S"],
+) -> splice.AblationTerms:
+    rows = splice.Rows(x, tokens, segments, kept_tokens(x, scored, max_norm))
+    terms_of = partial(splice.ablation_terms, _run_on(lm, layer, lm_params), mean)
+    return splice.by_rows(terms_of, lm.vocab, rows)
+
+
+def _run_on(lm: SplicedModel, layer: int, lm_params: PyTree) -> splice.RunOn:
+    return lambda hidden, segments: lm.run_from(lm_params, hidden, segments, layer)
 
 
 def count_tokens(batch: EvalBatch, kept: Bool[np.ndarray, "B S"]) -> dict[str, int]:
@@ -172,14 +218,16 @@ def cost_metrics(
     }
 
 
-def sum_metrics(sums: tuple[TokenTerms, splice.SpliceTerms]) -> dict[str, np.ndarray]:
+def sum_metrics(
+    sums: tuple[TokenTerms, splice.SpliceTerms, splice.AblationTerms]
+) -> dict[str, np.ndarray]:
     """Every metric that is a function of sums over tokens, of the shape of the sums."""
-    terms, spliced = sums
+    terms, spliced, ablated = sums
     tokens = terms.reconstruction.tokens
     return {
         **reconstruction.reconstruction_metrics(terms.reconstruction),
         "l0": ratio(terms.l0, tokens),
-        **splice.splice_metrics(spliced),
+        **splice.splice_metrics(spliced, ablated),
         "router_entropy": ratio(terms.router_entropy, tokens),
     }
 
@@ -213,11 +261,13 @@ def evaluate(
 
     Args:
       sae: the autoencoder; `params` are its parameters.
-      batches: held-out batches, all of one shape if they are to compile once.
+      batches: held-out batches, all of one shape if they are to compile once. The ablations are
+        run for those that come without them.
       mean: mean activation of the training stream.
       median_norm: median activation norm of the training stream.
       max_norm_ratio: tokens over this multiple of it are outliers; 0 means there are none.
-      lm: the language model to splice into, None if there is none (an array of activations).
+      lm: the language model to splice into, hashable; None if there is none (an array of
+        activations).
       layer: 0-based block whose output the activations are; needed with `lm`.
       training: `tokens_seen`, `train_seconds`, `tokens_per_second`, copied into the result.
       bootstrap: resamplings of the documents for the 95 % intervals; 0 for none.
@@ -228,9 +278,8 @@ def evaluate(
       UserError: if no token is left to evaluate.
     """
     mean = np.asarray(mean, np.float32)
-    max_norm = np.float32(max_norm_ratio * median_norm if max_norm_ratio > 0 else np.inf)
+    max_norm = np.float32(largest_norm(median_norm, max_norm_ratio))
     run = jax.jit(partial(measure, sae))
-    run_splice = jax.jit(partial(measure_splice, lm, layer))
 
     parts, counts, firing = [], Counter(), np.zeros(sae.latents, np.int64)
     l0, selected, token_ids = [], [], []  # of each kept token
@@ -238,19 +287,15 @@ def evaluate(
         on_devices = run(params, batch.x, batch.scored, batch.real, mean, max_norm)
         result = processes.everywhere(on_devices)
         if lm is None:
-            spliced = splice.no_terms(batch.real.shape)
+            spliced, ablated = splice.no_terms(batch.real.shape)
         else:
-            inputs = splice.SpliceInputs(
-                x=batch.x,
-                reconstructed=result.reconstructed,
-                tokens=batch.tokens,
-                segments=batch.segments,
-                kept=result.kept,
-                real=batch.real,
-            )
-            spliced = run_splice(lm.params, mean, inputs)
-        kept = result.kept
-        terms = jax.tree.map(lambda t: np.asarray(t)[batch.real], (result.terms, spliced))
+            rows = splice.Rows(batch.x, batch.tokens, batch.segments, result.kept)
+            spliced = measure_splice(lm, layer, lm.params, rows, result.reconstructed, batch.real)
+            if batch.ablated is None:
+                batch = with_ablations(batch, lm, layer, mean, float(max_norm))
+            ablated = batch.ablated
+        kept, terms = result.kept, (result.terms, spliced, ablated)
+        terms = jax.tree.map(lambda t: np.asarray(t)[batch.real], terms)
         parts.append(sum_by_document(batch.documents[batch.real], terms))
         counts.update(count_tokens(batch, kept))
         firing += result.firing

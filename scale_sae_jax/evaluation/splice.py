@@ -6,7 +6,7 @@ of the model runs on from there. As in `reconstruction`, device terms first, met
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,32 +21,36 @@ MAX_LOGITS = 2**25
 RunOn = Callable[[Array, Array], Array]  # hidden [B, S, D], segments [B, S] -> logits [B, S, V]
 
 
-class SpliceInputs(NamedTuple):
+class Rows(NamedTuple):
     """B rows to run the rest of the model on."""
 
     x: Array | np.ndarray  # [B, S, D] residual stream
-    reconstructed: Array | np.ndarray  # [B, S, D] x̂
     tokens: Array | np.ndarray  # [B, S] int32
     segments: Array | np.ndarray  # [B, S] int32: 0 padding, equal numbers one piece of text
     kept: Array | np.ndarray  # [B, S] bool: positions where x is replaced
-    real: Array | np.ndarray  # [B, S] bool: positions where `ce_spliced_all` replaces x
+
+
+class AblationTerms(NamedTuple):
+    """Additive terms that no autoencoder changes, arrays of one shape; losses in nats."""
+
+    ce_mean: Array | np.ndarray
+    ce_zero: Array | np.ndarray
 
 
 class SpliceTerms(NamedTuple):
-    """Additive terms, arrays of one shape; losses and divergence in nats."""
+    """Additive terms of a reconstruction, arrays of one shape; losses and divergence in nats."""
 
     predictions: Array | np.ndarray
     ce_clean: Array | np.ndarray
     ce_spliced: Array | np.ndarray
-    ce_mean: Array | np.ndarray
-    ce_zero: Array | np.ndarray
     ce_spliced_all: Array | np.ndarray
     kl: Array | np.ndarray  # KL(clean ‖ spliced) over the vocabulary
 
 
-def no_terms(shape: tuple[int, ...]) -> SpliceTerms:
+def no_terms(shape: tuple[int, ...]) -> tuple[SpliceTerms, AblationTerms]:
     """Terms where there is no language model: no predictions, so every metric is undefined."""
-    return SpliceTerms(*(np.zeros(shape, np.float32) for _ in SpliceTerms._fields))
+    void = np.zeros(shape, np.float32)
+    return SpliceTerms(*[void] * len(SpliceTerms._fields)), AblationTerms(void, void)
 
 
 def predicted_positions(segments: Int[Array, "B S"]) -> Bool[Array, "B S"]:
@@ -55,41 +59,57 @@ def predicted_positions(segments: Int[Array, "B S"]) -> Bool[Array, "B S"]:
     return jnp.pad(continues, ((0, 0), (0, 1)))
 
 
-def token_terms(run_on: RunOn, mean: Float[Array, " D"], inputs: SpliceInputs) -> SpliceTerms:
+def ablation_terms(run_on: RunOn, mean: Float[Array, " D"], rows: Rows) -> AblationTerms:
+    """Terms [B, S] with the training mean, and with zero, in place of x where it is kept."""
+
+    def loss(value: Array) -> Array:
+        return _loss(_log_probs(run_on, rows, _replaced(rows.x, rows.kept, value)), rows)
+
+    values = jnp.stack([mean, jnp.zeros_like(mean)])
+    return _where_predicted(rows, AblationTerms(*jax.lax.map(loss, values)))
+
+
+def splice_terms(
+    run_on: RunOn,
+    rows: Rows,
+    reconstructed: Float[Array, "B S D"],
+    real: Bool[Array, "B S"],
+) -> SpliceTerms:
     """Terms [B, S] of predicting token t + 1 at position t, zero where there is no such token.
 
     Args:
       run_on: the model from the spliced layer on.
-      mean: mean activation of the training stream, for the mean ablation.
-      inputs: the rows; the clean and the spliced logits [B, S, V] are in memory together.
+      reconstructed: x̂. The clean and the spliced logits [B, S, V] are in memory together.
+      real: positions where `ce_spliced_all` replaces x.
     """
-    x, reconstructed, tokens, segments, kept, real = inputs
-    following = jnp.roll(tokens, -1, axis=1)[..., None]  # [B, S, 1]
-
-    def log_probs(hidden: Array) -> Array:
-        return jax.nn.log_softmax(run_on(hidden, segments), axis=-1)
-
-    def loss(log_p: Array) -> Array:
-        return -jnp.take_along_axis(log_p, following, axis=-1)[..., 0]
-
-    def replace(mask: Array, value: Array | float) -> Array:
-        return jnp.where(mask[..., None], value, x)
-
-    clean, spliced = jax.lax.map(log_probs, jnp.stack([x, replace(kept, reconstructed)]))
-    ablated = [replace(kept, mean), replace(kept, 0.0), replace(real, reconstructed)]
-    ce_mean, ce_zero, ce_spliced_all = jax.lax.map(
-        lambda hidden: loss(log_probs(hidden)), jnp.stack(ablated)
-    )
-    terms = SpliceTerms(
-        predictions=jnp.ones_like(ce_mean),
-        ce_clean=loss(clean),
-        ce_spliced=loss(spliced),
-        ce_mean=ce_mean,
-        ce_zero=ce_zero,
-        ce_spliced_all=ce_spliced_all,
+    hidden = jnp.stack([rows.x, _replaced(rows.x, rows.kept, reconstructed)])
+    clean, spliced = jax.lax.map(partial(_log_probs, run_on, rows), hidden)
+    everywhere = _replaced(rows.x, real, reconstructed)
+    ce_clean = _loss(clean, rows)
+    return _where_predicted(rows, SpliceTerms(
+        predictions=jnp.ones_like(ce_clean),
+        ce_clean=ce_clean,
+        ce_spliced=_loss(spliced, rows),
+        ce_spliced_all=_loss(_log_probs(run_on, rows, everywhere), rows),
         kl=jnp.sum(jnp.exp(clean) * (clean - spliced), axis=-1),
-    )
-    predicted = predicted_positions(segments)
+    ))
+
+
+def _replaced(x: Array, mask: Array, value: Array) -> Array:
+    return jnp.where(mask[..., None], value, x)
+
+
+def _log_probs(run_on: RunOn, rows: Rows, hidden: Array) -> Float[Array, "B S V"]:
+    return jax.nn.log_softmax(run_on(hidden, rows.segments), axis=-1)
+
+
+def _loss(log_p: Array, rows: Rows) -> Float[Array, "B S"]:
+    following = jnp.roll(rows.tokens, -1, axis=1)[..., None]  # [B, S, 1]
+    return -jnp.take_along_axis(log_p, following, axis=-1)[..., 0]
+
+
+def _where_predicted(rows: Rows, terms: Any) -> Any:
+    predicted = predicted_positions(rows.segments)
     return jax.tree.map(lambda term: jnp.where(predicted, term, 0.0), terms)
 
 
@@ -99,25 +119,27 @@ def rows_per_call(rows: int, logits_per_row: int) -> int:
     return next(r for r in range(most, 0, -1) if rows % r == 0)
 
 
-def token_terms_by_rows(
-    run_on: RunOn, mean: Float[Array, " D"], inputs: SpliceInputs, vocab: int
-) -> SpliceTerms:
-    """`token_terms`, a few rows at a time so that the logits [rows, S, V] fit into memory."""
-    rows, positions = inputs.tokens.shape
+def by_rows(terms_of: Callable[..., Any], vocab: int, *arrays: Any) -> Any:
+    """`terms_of(*arrays)`, a few rows at a time so that the logits [rows, S, V] fit into memory.
+
+    Args:
+      arrays: trees of arrays [B, S, ...]; the terms are [B, S].
+    """
+    rows, positions = jax.tree.leaves(arrays)[0].shape[:2]
     chunk = rows_per_call(rows, positions * vocab)
-    chunks = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), inputs)
-    terms = jax.lax.map(partial(token_terms, run_on, mean), chunks)
+    chunks = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), arrays)
+    terms = jax.lax.map(lambda parts: terms_of(*parts), chunks)
     return jax.tree.map(lambda term: term.reshape(rows, positions), terms)
 
 
-def splice_metrics(sums: SpliceTerms) -> dict[str, np.ndarray]:
+def splice_metrics(sums: SpliceTerms, ablated: AblationTerms) -> dict[str, np.ndarray]:
     """Metrics by key, each of the shape of the sums; NaN where undefined.
 
     `recovered` is the share of the loss between ablation and clean that x̂ wins back: 1 if the
     model does not notice, 0 if x̂ is as bad as zeros (or as the mean: `recovered_mean`).
     """
-    clean, spliced, mean, zero, spliced_all, kl = (
-        ratio(term, sums.predictions) for term in sums[1:]
+    clean, spliced, spliced_all, kl, mean, zero = (
+        ratio(term, sums.predictions) for term in (*sums[1:], *ablated)
     )
     return {
         "ce_clean": clean,

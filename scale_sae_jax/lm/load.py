@@ -42,7 +42,7 @@ class ModelSummary:
     max_context: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A decoder-only language model and its tokenizer.
 

@@ -46,6 +46,12 @@ def make_mesh(spec: str, experts: int, devices: int | None = None) -> Mesh:
     )
 
 
+def local_mesh() -> Mesh:
+    """The devices of this process along `data`."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices), 1), (DATA, EXPERT), (AxisType.Auto,) * 2, devices=devices)
+
+
 def mesh_of_run(config: Config, experts: int) -> Mesh:
     """The mesh of a run. Raises UserError as `make_mesh`, or if batches cannot be split over it."""
     mesh = make_mesh(config.mesh, experts)

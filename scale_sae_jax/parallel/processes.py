@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
+from jaxtyping import Int64
 
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel.watch import Watch
@@ -92,6 +93,15 @@ def any_of(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def total(counts: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
+    """The sum over all processes, of numbers below 2^62."""
+    if jax.process_count() == 1:
+        return counts
+    halves = np.stack([counts >> 31, counts & (2**31 - 1)]).astype(np.int32)  # JAX has no int64
+    high, low = multihost_utils.process_allgather(halves).astype(np.int64).sum(0)
+    return (high << 31) + low
 
 
 def lead_alone(act: Callable[[], Any]) -> Any:

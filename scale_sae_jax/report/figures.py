@@ -122,21 +122,42 @@ def generalisation(arms: list[Arm]) -> Figure | None:
 
 
 def redundancy(arms: list[Arm]) -> Figure | None:
-    """Share of live latents with a twin, by the cosine that makes one, and where the twin is."""
-    arms = [arm for arm in arms if arm.values("redundancy_0.7")]
+    """How alike live latents are: mean of the largest cosine with another one, and the share of
+    those with a twin, by the cosine that makes one; in the same expert and in others.
+    """
+    panels = {"max_cosine_mean": "mean of the largest cosine"}
+    panels |= {f"redundancy_{t}": f"share over cosine {t}" for t in THRESHOLDS}
+    parts = {"_intra": ("same expert", "o"), "_inter": ("another expert", "s"),
+             "_null": ("random directions", "x")}
+    return _by_arm(arms, panels, parts)
+
+
+def specialisation(arms: list[Arm]) -> Figure | None:
+    """What experts are chosen by: information that token ids give about them, next to that of
+    shuffled tokens; how sure the router is; and how uneven the load is.
+    """
+    arms = [arm for arm in arms if any(arm.values("load_cv"))]
+    panels = {"expert_mi": "token and expert, nats", "router_entropy": "router entropy, nats",
+              "load_cv": "CV of load"}
+    return _by_arm(arms, panels, {"": ("measured", "o"), "_null": ("shuffled tokens", "x")})
+
+
+def _by_arm(
+    arms: list[Arm], panels: dict[str, str], parts: dict[str, tuple[str, str]]
+) -> Figure | None:
+    """A row an arm, axes a panel, and in them a mark for each part of its column: name, mark."""
+    arms = [arm for arm in arms if any(arm.values(f"{c}{p}") for c in panels for p in parts)]
     if not arms:
         return None
-    figure, every = _axes(len(THRESHOLDS), height=1.3 + 0.28 * len(arms), sharex=True)
-    parts = (("_intra", "same expert", "o"), ("_inter", "another expert", "s"),
-             ("_null", "random directions", "x"))
-    for axes, threshold in zip(every, THRESHOLDS, strict=True):
-        for part, label, mark in parts:
-            found = [arm.interval(f"redundancy_{threshold}{part}") for arm in arms]
+    figure, every = _axes(len(panels), height=1.3 + 0.28 * len(arms), width=3.4)
+    for axes, (column, title) in zip(every, panels.items(), strict=True):
+        for part, (label, mark) in parts.items():
+            found = [arm.interval(column + part) for arm in arms]
             known = [(i.mean, place, i.half) for place, i in enumerate(found) if i]
             if known:
                 x, y, half = zip(*known, strict=True)
                 axes.errorbar(x, y, xerr=half, fmt=mark, capsize=2, label=label)
-        axes.set(xlabel=f"cosine > {threshold}")
+        axes.set(xlabel=title)
     _name_rows(every, arms)
     figure.legend(*every[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
@@ -199,12 +220,9 @@ def expert_similarity(decoder: Float[np.ndarray, "N M D"]) -> Float[np.ndarray, 
     return alike
 
 
-def _axes(
-    count: int, height: float = 3.6, sharex: bool = False
-) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(4.6 * count + 1.5, height), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False, sharex=sharex)
-    return figure, list(axes[0])
+def _axes(count: int, height: float = 3.6, width: float = 4.6) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(width * count + 1.5, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def _name_rows(every: list[Any], arms: list[Arm]) -> None:

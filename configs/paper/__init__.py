@@ -1,0 +1,1 @@
+"""Whole studies at the paper's size, each one command."""

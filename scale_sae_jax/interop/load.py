@@ -1,0 +1,62 @@
+"""`scale_sae_jax.load`: an autoencoder by its path or hub name, whatever format it is in."""
+
+from pathlib import Path
+from types import ModuleType
+
+import jax
+from jax.sharding import Mesh
+
+from scale_sae_jax import run
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.interop import dictionary_learning, hub, sae_lens, sparsify
+from scale_sae_jax.parallel.experts import on_mesh
+from scale_sae_jax.parallel.mesh import param_specs, placed
+from scale_sae_jax.sae.autoencoder import Autoencoder, Params
+
+
+def load(
+    path: str | Path, step: int | str = "latest", mesh: Mesh | None = None
+) -> tuple[Autoencoder, Params]:
+    """An autoencoder and its parameters.
+
+    Args:
+      path: the --workdir of a run; a folder of SAELens, sparsify or dictionary_learning, or one
+        that holds a single SAELens or sparsify folder; or a hub name, 'owner/repo' or
+        'owner/repo:sae_id'.
+      step: of a run: a checkpoint's step, 'latest', or 'best' (lowest running FVU).
+      mesh: devices to put it on, whatever mesh it was trained on; one device if not given.
+
+    Raises UserError when there is no such thing, a file is damaged, or ours cannot express it.
+    """
+    folder = _folder(path)
+    if folder is None:
+        return run.load(path, step, mesh)
+    if step != "latest":
+        raise UserError(f"{path} is not the folder of a run, and has no checkpoint {step}")
+    sae, params = _reader(folder).load(folder)
+    if mesh is None:
+        return sae, params
+    specs = param_specs(params, sae.module.by_expert)
+    return on_mesh(sae, mesh), jax.device_put(params, placed(mesh, specs))
+
+
+def _reader(folder: Path) -> ModuleType:
+    others = (m for m in (dictionary_learning, sparsify) if (folder / m.WEIGHTS).is_file())
+    return next(others, sae_lens)
+
+
+def _folder(path: str | Path) -> Path | None:
+    """The folder of an autoencoder of another library; None for what must be a run."""
+    local = Path(path)
+    if not local.exists():
+        name = hub.split_name(str(path))
+        return hub.fetch(*name) if name else None
+    if (local / sae_lens.CFG).is_file() or (local / dictionary_learning.WEIGHTS).is_file():
+        return local
+    if (local / "config.json").is_file():
+        return None
+    inner = sorted(child.parent for child in local.glob(f"*/{sae_lens.CFG}"))
+    if len(inner) > 1:
+        names = ", ".join(folder.name for folder in inner[:8])
+        raise UserError(f"{local} holds {len(inner)} autoencoders ({names}): name one of them")
+    return inner[0] if inner else None

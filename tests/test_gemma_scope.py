@@ -1,0 +1,30 @@
+"""Gemma Scope's params.npz: read back by its own formulas."""
+
+import numpy as np
+import pytest
+from saes import L, assert_same, experts, plain, run
+
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.interop import gemma_scope
+
+
+@pytest.mark.parametrize("name", ("jumprelu", "batchtopk", "matryoshka", "relu", "gated"))
+def test_params_npz_computes_the_same(name, tmp_path):
+    sae, params, x = plain(name)
+    gemma_scope.save(sae, params, tmp_path / "out")
+    p = np.load(tmp_path / "out/params.npz", allow_pickle=False)
+    assert set(p.files) == {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
+    assert all(p[name].dtype == np.float32 for name in p.files) and p["threshold"].shape == (L,)
+    pre = x @ p["W_enc"] + p["b_enc"]
+    codes = (pre > p["threshold"]) * np.maximum(pre, 0)
+    ours, x_hat = run(sae, params, x)
+    assert (codes != 0).any() and (codes == 0).any()
+    assert_same(ours, codes)
+    assert_same(x_hat, codes @ p["W_dec"] + p["b_dec"])
+
+
+def test_what_is_no_jumprelu_is_refused(tmp_path):
+    for (sae, params, _), reason in ((plain("topk"), "not a JumpReLU"), (experts(), "a router")):
+        with pytest.raises(UserError, match=reason):
+            gemma_scope.save(sae, params, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
