@@ -23,6 +23,7 @@ from scale_sae_jax.activations.masks import keep, largest_norm, token_flags
 from scale_sae_jax.activations.store import MANIFEST, read_manifest
 from scale_sae_jax.config import ActivationsConfig
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.evaluation.evaluator import kept_tokens
 from scale_sae_jax.lm.load import LanguageModel, load_language_model
 from scale_sae_jax.run import load
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
@@ -106,7 +107,7 @@ def residual(
 ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
     """The output of block `layer`, float32, and which positions of it are kept."""
     x = lm.run_to(lm_params, row.tokens, row.segments, layer).astype(jnp.float32)
-    return x, row.scored & (jnp.linalg.norm(x, axis=-1) <= max_norm)
+    return x, kept_tokens(x, row.scored, max_norm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,10 +254,7 @@ def attach(
             f"the autoencoder takes activations of width {sae.width}, those of {lm.name} have "
             f"{lm.width}: take the model that it was trained on"
         )
-    masks = ActivationsConfig(
-        drop_position_0=masks.drop_position_0, drop_special=masks.drop_special
-    )  # padding is never edited
-    return Attached(lm, sae, params, layer, max_norm, masks, bos)
+    return Attached(lm, sae, params, layer, max_norm, evaluated(masks), bos)
 
 
 def attach_run(path: str | Path, step: int | str = "latest") -> Attached:

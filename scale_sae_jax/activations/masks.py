@@ -55,6 +55,13 @@ def fates(flags: TokenFlags, config: ActivationsConfig) -> Int8[np.ndarray, "B S
     return fate
 
 
+def evaluated(config: ActivationsConfig) -> ActivationsConfig:
+    """The mask options of evaluation: those of training, but padding is never evaluated."""
+    return ActivationsConfig(
+        drop_position_0=config.drop_position_0, drop_special=config.drop_special
+    )
+
+
 def keep(flags: TokenFlags, config: ActivationsConfig) -> Bool[np.ndarray, "B S"]:
     """Positions that no mask option leaves out."""
     return fates(flags, config) == Fate.KEPT

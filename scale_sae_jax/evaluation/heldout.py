@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from scale_sae_jax.activations.array import ActivationArray
-from scale_sae_jax.activations.masks import keep, token_flags
+from scale_sae_jax.activations.masks import evaluated, keep, token_flags
 from scale_sae_jax.activations.synthetic import SyntheticActivations
-from scale_sae_jax.config import ActivationsConfig, Config
+from scale_sae_jax.config import Config
 from scale_sae_jax.evaluation.evaluator import EvalBatch
 from scale_sae_jax.lm.load import LanguageModel
 from scale_sae_jax.text.packing import pack, row_batches
@@ -27,10 +27,7 @@ def text_batches(
     text = config.text
     wanted = -(-config.eval.tokens // text.context)
     rows = islice(pack(documents, lm.tokenizer, text.context, text.packing, text.bos), wanted)
-    masks = ActivationsConfig(
-        drop_position_0=config.activations.drop_position_0,
-        drop_special=config.activations.drop_special,
-    )  # padding is never evaluated
+    masks = evaluated(config.activations)
     for batch in row_batches(rows, min(config.lm.rows_per_batch, wanted)):
         flags = token_flags(batch.tokens, batch.segments, lm.tokenizer.special_ids)
         yield EvalBatch(

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy import sparse
 
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.evaluation.evaluator import EvalBatch
+from scale_sae_jax.evaluation.evaluator import EvalBatch, kept_tokens
 from scale_sae_jax.inspection import contexts, directions, profiles, vocabulary
 from scale_sae_jax.lm.load import LanguageModel
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
@@ -82,5 +81,5 @@ def _encode(
     max_norm: Float[Array, ""],
 ) -> tuple[Codes, Int[Array, "B S E"], Bool[Array, "B S"]]:
     """Codes, selected experts, and the positions that count."""
-    kept = scored & (jnp.linalg.norm(x, axis=-1) <= max_norm)
+    kept = kept_tokens(x, scored, max_norm)
     return sae.encode(params, x), sae.route(params, x).experts, kept

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.evaluation.evaluator import EvalBatch
+from scale_sae_jax.evaluation.evaluator import EvalBatch, kept_tokens
 from scale_sae_jax.interop import files
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.sae.codes import Codes
@@ -174,11 +174,15 @@ def save(
 
     Raises UserError for batches without tokens, values beyond float16, a folder in use.
     """
-    encode = jax.jit(sae.encode)
+
+    @jax.jit
+    def encode(params: Params, x: Array, scored: Array, limit: Array) -> tuple[Codes, Array]:
+        return sae.encode(params, x), kept_tokens(x, scored, limit)
+
     with CacheWriter(folder, hookpoint, sae.latents, splits, settings) as writer:
         for batch in batches:
             if batch.tokens is None:
                 raise UserError("a cache needs tokens, and these activations come from an array")
-            keep = batch.scored & (np.linalg.norm(batch.x, axis=-1) <= max_norm)
-            writer.add(batch.tokens, encode(params, batch.x), keep)
+            codes, keep = encode(params, batch.x, batch.scored, np.float32(max_norm))
+            writer.add(batch.tokens, codes, np.asarray(keep))
     return writer
