@@ -1,6 +1,7 @@
 """The commands as a user calls them: whole runs, kills, evaluation, and mistakes told in a line."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -202,7 +203,7 @@ def test_sigterm_and_sigkill_leave_the_result_bit_identical(data, tmp_path):
 def test_export_writes_the_cache_of_the_heldout_text_and_a_directory(trained, data, tmp_path):
     run = f"--workdir={trained[0]}"
     out = call("export", run, "--format=delphi", f"--to={tmp_path}/cache", "--splits=4")
-    heldout = results(trained[0])["eval_tokens"]
+    heldout = int(re.search(r"evaluated on +([\d,]+)", trained[1])[1].replace(",", ""))
     folder = tmp_path / "cache/layers.0"
     splits = [load_file(folder / f"{16 * i}_{16 * i + 15}.safetensors") for i in range(4)]
     fired = sum(len(split["activations"]) for split in splits)

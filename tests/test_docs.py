@@ -66,10 +66,19 @@ def test_extending(monkeypatch):
     np.testing.assert_allclose(sae.encode(params, x).values, acts * unit, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["concepts.md", "extending.md", "tutorial.md"])
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_files_and_documents_that_are_named_exist(name):
     text = (ROOT / "docs" / name).read_text()
-    for file in re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", text):
-        assert (ROOT / "scale_sae_jax" / file).is_file(), file
-    for link in re.findall(r"\]\(([^)]+)\)", text):
+    for file in re.findall(r"`([a-z_]+(?:/[a-z_]+)+\.py)`", text):
+        assert (ROOT / "scale_sae_jax" / file).is_file() or (ROOT / file).is_file(), file
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (ROOT / "docs" / link).is_file(), link
+
+
+def test_every_page_is_in_the_index_and_the_site():
+    index, site = (ROOT / "docs" / "index.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    assert PAGES == sorted({"index.md", *re.findall(r"\]\(([a-z]+\.md)\)", index)})
+    assert set(PAGES) <= set(re.findall(r"[a-z/_]+\.md", site))
