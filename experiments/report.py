@@ -105,7 +105,8 @@ def main() -> None:
     workdir = Path(FLAGS.workdir)
     rows = read_rows(workdir, FLAGS.where)
     fixed = {part.partition("=")[0] for part in FLAGS.where}
-    axes = [name for name in read_axes(workdir) if name not in fixed]
+    axes = [name for name in read_axes(workdir)
+            if name not in fixed and any(row.get(name) is not None for row in rows)]
     output = Path(FLAGS.output or workdir / "-".join(["report", *FLAGS.where]))
     try:
         import matplotlib

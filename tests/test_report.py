@@ -78,6 +78,11 @@ def test_figures_show_arms_and_leave_out_what_is_not_there():
     assert figures.pareto(arms) is not None
     assert figures.redundancy(arms) is None and figures.specialisation(arms) is None
     assert figures.omega({}) is None
+    void = arms_of([row | {"other_fvu": None} for row in ROWS], apart(AXES))
+    assert figures.generalisation(void) is None
+    rows = [row | {"other_fvu": 0.5 if row["preset"] == "a" else None} for row in ROWS]
+    (axes,) = figures.generalisation(arms_of(rows, apart(AXES))).axes
+    assert [len(line.get_xdata()) for line in axes.get_lines()[::3]] == [4, 2]
     assert figures.along(ROWS[:3], AXES, "k") is None and figures.similarity({}) is None
 
 

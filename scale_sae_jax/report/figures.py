@@ -63,6 +63,9 @@ def along(rows: list[Row], axes_names: list[str], axis: str) -> Figure | None:
         axes.set(xlabel=axis, ylabel=columns[column])
         if min(row[axis] for row in rows) > 0:
             axes.set_xscale("log", base=2)
+        ticks = sorted({row[axis] for row in rows})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     every[0].legend(fontsize="small")
     return figure
@@ -105,7 +108,8 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 def generalisation(arms: list[Arm]) -> Figure | None:
     """FVU on the held-out text of training, and on each other text that cells were evaluated on."""
     columns = dict.fromkeys(
-        name for arm in arms for name in arm.rows[0] if name.endswith("_fvu")
+        name for arm in arms for name in arm.rows[0]
+        if name.endswith("_fvu") and arm.values(name)
     )
     if not columns:
         return None
