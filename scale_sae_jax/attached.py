@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from scale_sae_jax.activations.masks import keep, largest_norm, token_flags
+from scale_sae_jax.activations.masks import evaluated, keep, largest_norm, token_flags
 from scale_sae_jax.activations.store import MANIFEST, read_manifest
 from scale_sae_jax.config import ActivationsConfig
 from scale_sae_jax.errors import UserError
