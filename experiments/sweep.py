@@ -60,6 +60,7 @@ def run_cells(
     each. Raises Interrupted when `stop` was set and cells are left.
     """
     width = max(len(cell.name) for cell in chosen)
+    to_run = sum(sweep.finished(cell, workdir) is None for cell in chosen)
     ran, begin = 0, time.monotonic()
     say(f"{'cell':<{width}}" + "".join(f"{name:>11}" for name, _, _ in COLUMNS) + "       left")
     keys = [sweep.inputs_key(cell.config) for cell in chosen]
@@ -88,7 +89,7 @@ def run_cells(
             processes.lead_alone(lambda: sweep.write_results(grid, workdir, command))
         if results is not None:
             each = (time.monotonic() - begin) / max(ran, 1)
-            left = sum(sweep.finished(c, workdir) is None for c in chosen[number:])
+            left = to_run - ran
             ends = str(timedelta(seconds=round(each * left))) if ran and left else ""
             say(f"{cell.name:<{width}}{summary(results)}{ends:>11}")
         shared = {key: inputs for key, inputs in shared.items() if key in keys[number:]}
