@@ -127,14 +127,15 @@ def forward_backward(config: SAEConfig, batches: Array, repeats: int) -> tuple[f
 def selection_seconds(config: SAEConfig, batches: Array, repeats: int) -> float:
     """The top-k over the active latents, and its gradient."""
     size = config.latents // config.experts
-    shape = (*batches.shape[:2], config.active, size)
-    acts = jax.random.uniform(jax.random.key(0), shape)
-    experts = jnp.broadcast_to(jnp.arange(config.active), shape[1:3])
+    acts = jax.random.uniform(
+        jax.random.key(0), (*batches.shape[:2], config.active, size)
+    )
 
-    def gradient(acts, experts):
-        return jax.grad(lambda a: selection.per_token(a, experts, config.k).values.sum())(acts)
+    def survivors(acts):
+        places = selection.per_token(jax.lax.stop_gradient(acts), config.k)
+        return jnp.take_along_axis(acts.reshape(len(acts), -1), places, axis=-1)
 
-    return looped_seconds(gradient, acts, repeats, experts)
+    return looped_seconds(jax.grad(lambda acts: survivors(acts).sum()), acts, repeats)
 
 
 def optimiser_seconds(config: SAEConfig, batches: Array, repeats: int) -> float:

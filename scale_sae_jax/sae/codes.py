@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Codes(NamedTuple):
@@ -14,6 +14,22 @@ class Codes(NamedTuple):
 
     values: Float[Array, "*T K"]
     ids: Int[Array, "*T K"]
+
+
+class Slots(NamedTuple):
+    """Which of the E * m latents of a token's experts have a slot, without their values.
+
+    places [R, K]: where in E * m; None: K = E * m, all of them in their order.
+    kept [R, K]: whether the slot is used; its value is 0 otherwise.
+    pair, expert, ids [R, K]: the place of its expert among the token's experts, and this device's
+    numbers of expert and latent.
+    """
+
+    places: Int[Array, "R K"] | None
+    kept: Bool[Array, "R K"]
+    pair: Int[Array, "R K"]
+    expert: Int[Array, "R K"]
+    ids: Int[Array, "R K"]
 
 
 class Routing(NamedTuple):

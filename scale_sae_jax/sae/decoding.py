@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
 from scale_sae_jax.sae.codes import Codes
-from scale_sae_jax.sae.grouped import grouped_dot, grouped_outer
+from scale_sae_jax.sae.grouped import grouped_dot, grouped_outer, spread
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.kernels import Kernel
 from scale_sae_jax.sae.losses import mean_square
@@ -73,82 +73,79 @@ decode_rows.defvjp(_decode_forward, _decode_backward)
 def squared_error(
     target: Float[Array, "T D"],
     codes: Codes,
-    experts: Int[Array, "R E"],
+    places: Int[Array, "R K"] | None,
     w_dec: Float[Array, "N M D"],
+    b_dec: Float[Array, " D"],
     groups: Groups,
     kernel: Kernel,
     dtype: DTypeLike = jnp.float32,
     shards: Shards = Shards(),
 ) -> tuple[Float[Array, ""], Float[Array, "T D"]]:
-    """mean_t |target - decoded|^2 of codes of the selected experts, and target - decoded.
+    """mean_t |target - b_dec - decoded|^2 of codes of the selected experts, and the residual.
 
     Args:
       codes: of the R tokens that this device's experts see (T without expert shards), ids of its
         own experts; `shards` adds what the other devices decode.
+      places: of the codes in E * m, see `Slots`.
 
     The residual is a constant: no gradient flows through it.
     """
-    width = experts.shape[1] * w_dec.shape[1]
-    if shards.expert == 1 and width > kernel.gathered_row * codes.ids.shape[1]:
-        return _error_by_rows(*codes, experts, w_dec, target, groups, kernel, dtype)
-    dense = dense_codes(*codes, experts, w_dec.shape[1])
+    tokens, slots = codes.values.shape
+    width = groups.pairs.size // tokens * w_dec.shape[1]
+    if shards.expert == 1 and width > kernel.gathered_row * slots:
+        return _error_by_rows(*codes, places, w_dec, b_dec, target, groups, kernel, dtype)
+    dense = dense_codes(codes.values, places, w_dec.shape[1], groups)
     decoded = grouped_dot(dense, w_dec, groups, kernel, dtype).sum(1)
-    residual = target - shards.sum_to_owner(decoded)
+    residual = target - b_dec - shards.sum_to_owner(decoded)
     return mean_square(residual), jax.lax.stop_gradient(residual)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _error_by_rows(values, ids, experts, w_dec, target, groups, kernel, dtype):
-    residual = target - decode_rows(values, ids, _flat(w_dec), dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _error_by_rows(values, ids, places, w_dec, b_dec, target, groups, kernel, dtype):
+    residual = target - b_dec - decode_rows(values, ids, _flat(w_dec), dtype)
     return mean_square(residual), residual
 
 
-def _error_forward(values, ids, experts, w_dec, target, groups, kernel, dtype):
+def _error_forward(values, ids, places, w_dec, b_dec, target, groups, kernel, dtype):
     """Takes the gradient of the values along, so that rows are gathered once only."""
     rows = _flat(w_dec).astype(dtype)
 
     def chunk(v, i, goal):
         gathered = rows[i]  # [C, K, D]
-        residual = goal - _einsum("tk,tkd->td", v.astype(dtype), gathered)
+        residual = goal - b_dec - _einsum("tk,tkd->td", v.astype(dtype), gathered)
         return residual, _einsum("td,tkd->tk", residual.astype(dtype), gathered)
 
     residual, along = _by_chunks(chunk, _chunk_size(values, rows), values, ids, target)
-    saved = values, ids, experts, w_dec, groups, residual, along
+    saved = values, ids, places, w_dec, groups, residual, along
     return (mean_square(residual), residual), saved
 
 
 def _error_backward(kernel, dtype, saved, grads):
-    values, ids, experts, w_dec, groups, residual, along = saved
-    scale = -2 * grads[0] / values.shape[0]  # d(error) = scale * residual . d(decoded)
+    values, ids, places, w_dec, groups, residual, along = saved
+    tokens, slots = values.shape
+    scale = -2 * grads[0] / tokens  # d(error) = scale * residual . d(decoded)
     size = w_dec.shape[1]
-    if experts.shape[1] * size > kernel.scattered_row * ids.shape[1]:
+    if groups.pairs.size // tokens * size > kernel.scattered_row * slots:
         d_rows = scatter_rows(scale * values, ids, residual, _flat(w_dec))
     else:
-        dense = dense_codes(scale * values, ids, experts, size)
+        dense = dense_codes(scale * values, places, size, groups)
         d_rows = grouped_outer(dense, residual, groups, kernel, dtype)
     d_w = d_rows.reshape(w_dec.shape).astype(w_dec.dtype)
-    return scale * along, None, None, d_w, -scale * residual, None
+    d_target = -scale * residual
+    return scale * along, None, None, d_w, -d_target.sum(0), d_target, None
 
 
 _error_by_rows.defvjp(_error_forward, _error_backward)
 
 
 def dense_codes(
-    values: Float[Array, "T K"], ids: Int[Array, "T K"], experts: Int[Array, "T E"], size: int
+    values: Float[Array, "T K"], places: Int[Array, "T K"] | None, size: int, groups: Groups
 ) -> Float[Array, "T E M"]:
-    """The codes over all `size` latents of each selected expert."""
-    tokens, active = experts.shape
-    place = (ids[..., None] // size == experts[:, None, :]).argmax(-1)  # [T, K]
-    slots = place * size + ids % size
-    return spread(values, slots, active * size).reshape(tokens, active, size)
-
-
-def spread(
-    values: Float[Array, "T K"], places: Int[Array, "T K"], width: int
-) -> Float[Array, "T W"]:
-    """Rows of zeros with each value added at its place."""
-    zeros = jnp.zeros((values.shape[0], width), values.dtype)
-    return zeros.at[jnp.arange(values.shape[0])[:, None], places].add(values)
+    """The codes over all `size` latents of each selected expert; `places` as in `Slots`."""
+    tokens = values.shape[0]
+    width = groups.pairs.size // tokens * size
+    dense = values if places is None else spread(values, places, width)
+    return dense.reshape(tokens, -1, size)
 
 
 def scatter_rows(

@@ -113,14 +113,13 @@ class DictionarySAE(nn.Module):
         return Routing(logits=0 * one, probs=one, experts=jnp.zeros(one.shape, jnp.int32))
 
     def squared_error(
-        self, target: Float[Array, "T D"], codes: Codes
+        self, target: Float[Array, "T D"], codes: Codes, b_dec: Float[Array, " D"]
     ) -> tuple[Float[Array, ""], Float[Array, "T D"]]:
-        """mean_t |target - decoded|^2 of sparse codes, and target - decoded, a constant."""
-        c, experts = self.config, self.route(target).experts
+        """mean_t |target - b_dec - decoded|^2 of sparse codes, and the residual, a constant."""
+        c, groups = self.config, group(self.route(target).experts, 1)
         kernel = kernels.one_expert(c.kernel)
-        w_dec = self.w_dec[None]
         return decoding.squared_error(
-            target, codes, experts, w_dec, group(experts, 1), kernel, c.dtype
+            target, codes, codes.ids, self.w_dec[None], b_dec, groups, kernel, c.dtype
         )
 
     def auxk(
@@ -141,7 +140,7 @@ class DictionarySAE(nn.Module):
         candidates = jnp.where(dead, jax.lax.stop_gradient(acts), 0)
         ids = selection.top_k(candidates, slots)[1]
         values = jnp.where(dead[ids], acts_at(ids), 0) * self.unit
-        error, _ = self.squared_error(residual, Codes(values, ids))
+        error, _ = self.squared_error(residual, Codes(values, ids), jnp.zeros(self.width))
         return jnp.where(dead.any(), error, 0)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
 from scale_sae_jax.sae.groups import Groups
@@ -31,7 +31,8 @@ def grouped_dot(
     The loops of a gradient that nobody asks for are compiled away.
     """
     rows = _rows(x, groups, dtype)
-    return _by_token(kernel.dot(rows, w.astype(dtype), groups, False, kernel.shards), x, groups)
+    products = kernel.dot(rows, w.astype(dtype), groups, False, kernel.shards)
+    return _by_token(products, x, groups, kernel)
 
 
 def _forward(x, w, groups, kernel, dtype):
@@ -42,7 +43,7 @@ def _backward(kernel, dtype, saved, grad):
     x, w, groups = saved
     rows = _rows(grad, groups, dtype)
     d_rows = kernel.dot(rows, w.astype(dtype), groups, True, kernel.shards)
-    d_x = _by_token(d_rows, x, groups)
+    d_x = _by_token(d_rows, x, groups, kernel)
     d_x = d_x.sum(1) if x.ndim == 2 else d_x
     d_w = grouped_outer(x, grad, groups, kernel, dtype)
     return d_x.astype(x.dtype), d_w.astype(w.dtype), None
@@ -62,6 +63,58 @@ def grouped_outer(
     return kernel.outer(_rows(x, groups, dtype), _rows(y, groups, dtype), groups, kernel.shards)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def grouped_dot_at(
+    x: Float[Array, "T A"],
+    w: Float[Array, "N A B"],
+    products: Float[Array, "T E B"],
+    places: Int[Array, "T K"],
+    groups: Groups,
+    kernel: Kernel,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float[Array, "T K"], Float[Array, "T E"]]:
+    """Some of `products` = grouped_dot(x, w, ...), a constant, and their mean in each expert.
+
+    The gradient is that of these alone: what goes back is made dense only then, so that no dense
+    array waits for it.
+
+    Args:
+      places: in E * B, of the products asked for; 0 is given at E * B and above.
+    """
+    flat = products.reshape(x.shape[0], -1)
+    values = jnp.take_along_axis(flat, places, axis=-1, mode="fill", fill_value=0)
+    return values, products.mean(-1)
+
+
+def _forward_at(x, w, products, places, groups, kernel, dtype):
+    results = grouped_dot_at(x, w, products, places, groups, kernel, dtype)
+    return results, (x, w, places, groups)
+
+
+def _backward_at(kernel, dtype, saved, grads):
+    x, w, places, groups = saved
+    at_places, means = grads
+    size = w.shape[2]
+    dense = spread(at_places, places, means.shape[1] * size).reshape(*means.shape, size)
+    d_x, d_w, _ = _backward(kernel, dtype, (x, w, groups), dense + means[..., None] / size)
+    return d_x, d_w, None, None, None
+
+
+grouped_dot_at.defvjp(_forward_at, _backward_at)
+
+
+def spread(
+    values: Float[Array, "T K"], places: Int[Array, "T K"], width: int
+) -> Float[Array, "T W"]:
+    """Rows of zeros with each value added at its place; one at `width` or above is dropped.
+
+    The zeros hang on the values: equal zeros XLA would make once, keep, and copy for every call.
+    """
+    zero = jnp.isnan(values[0, 0]).astype(values.dtype)
+    zeros = jnp.broadcast_to(zero, (values.shape[0], width))
+    return zeros.at[jnp.arange(values.shape[0])[:, None], places].add(values)
+
+
 def _rows(x: Array, groups: Groups, dtype: DTypeLike) -> Rows:
     x = x.astype(dtype)
     if x.ndim == 3:
@@ -69,6 +122,7 @@ def _rows(x: Array, groups: Groups, dtype: DTypeLike) -> Rows:
     return Rows(x, groups.pairs // (groups.pairs.size // x.shape[0]))
 
 
-def _by_token(rows: Array, x: Array, groups: Groups) -> Array:
-    by_pair = rows.at[groups.rows].get(mode="fill", fill_value=0)
+def _by_token(rows: Array, x: Array, groups: Groups, kernel: Kernel) -> Array:
+    elsewhere = {"mode": "fill", "fill_value": 0} if kernel.shards > 1 else {"mode": "clip"}
+    by_pair = rows.at[groups.rows].get(**elsewhere)
     return by_pair.reshape(x.shape[0], -1, rows.shape[-1])

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
-from scale_sae_jax.sae.decoding import decode_rows, scatter_rows, spread
+from scale_sae_jax.sae.decoding import decode_rows, scatter_rows
+from scale_sae_jax.sae.grouped import spread
 from scale_sae_jax.sae.kernels import Kernel
 
 

@@ -4,14 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scale_sae_jax.sae import centring
 from scale_sae_jax.sae.codes import Routing
 from scale_sae_jax.sae.shards import Shards
 
 
 def route(
     x: Float[Array, "T D"],
-    b_router: Float[Array, " D"],
+    offset: Float[Array, " D"],
     w_router: Float[Array, "D N"],
     c_router: Float[Array, " N"],
     active: int,
@@ -19,10 +18,11 @@ def route(
 ) -> Routing:
     """p = softmax((x - b) W + c) and the `active` most probable experts (Scale SAE, section 3).
 
-    `balance` is added to the logits for the choice of experts alone, see `rebalanced`.
+    Args:
+      x: activations less some constant; offset: that constant less b.
+      balance: added to the logits for the choice of experts alone, see `rebalanced`.
     """
-    centred = x - jax.lax.stop_gradient(b_router)
-    logits = centred @ w_router + (c_router - centring.offset(b_router) @ w_router)
+    logits = x @ w_router + (c_router + offset @ w_router)
     probs = jax.nn.softmax(logits, axis=-1)
     _, experts = jax.lax.top_k(probs if balance is None else logits + balance, active)
     return Routing(logits, probs, jnp.sort(experts, axis=-1))

@@ -4,17 +4,19 @@ The module holds parameters and calls the pure functions of its neighbours, in t
 paper: route, encode with the selected experts, scale features, gate, select, decode.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scale_sae_jax.config import SAEConfig
 from scale_sae_jax.sae import centring, decoding, kernels, routing, scaling, selection, start
-from scale_sae_jax.sae.codes import Codes, Routing
-from scale_sae_jax.sae.grouped import grouped_dot
+from scale_sae_jax.sae.codes import Codes, Routing, Slots
+from scale_sae_jax.sae.grouped import grouped_dot, grouped_dot_at
 from scale_sae_jax.sae.groups import Groups, group
 from scale_sae_jax.sae.kernels import Kernel
 from scale_sae_jax.sae.losses import Loss
@@ -25,8 +27,9 @@ from scale_sae_jax.sae.sparsity import count_slots
 class Row(NamedTuple):
     """R tokens as this device's experts see them: without a mesh, the T tokens of the batch.
 
-    x [R, D]. experts [R, E]: this device's number of each selected expert, N for one elsewhere.
-    gates [R, E]: their weights. groups: the (token, expert) pairs by expert.
+    x [R, D]: less b_dec, see `ScaleSAE.centred`. experts [R, E]: this device's number of each
+    selected expert, N for one elsewhere. gates [R, E]: their weights. groups: the (token, expert)
+    pairs by expert.
     """
 
     x: Float[Array, "R D"]
@@ -105,83 +108,156 @@ class ScaleSAE(nn.Module):
     def kernel(self) -> Kernel:
         return kernels.choose(self.config.kernel, self.shards.expert)
 
+    def centred(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """(x - b_dec) / unit, with b_dec as a constant; see `centring`."""
+        return (x - jax.lax.stop_gradient(self.b_dec)) / self.unit
+
     def route(self, x: Float[Array, "T D"]) -> Routing:
-        balance = self.balance if self.config.balance_rate else None
-        x, b_router = x / self.unit, self.b_router / self.unit
+        return self.route_centred(self.centred(x))
+
+    def route_centred(self, centred: Float[Array, "T D"]) -> Routing:
+        """The routing of x, by x - b_router = (x - b_dec) + (b_dec - b_router)."""
+        c, offset = self.config, jax.lax.stop_gradient(self.b_dec) - self.b_router
+        balance = self.balance if c.balance_rate else None
         return routing.route(
-            x, b_router, self.w_router, self.c_router, self.config.active, balance
+            centred, offset / self.unit, self.w_router, self.c_router, c.active, balance
         )
 
-    def dispatch(self, x: Float[Array, "T D"], routed: Routing) -> Row:
+    def dispatch(self, centred: Float[Array, "T D"], routed: Routing) -> Row:
         """Brings tokens to the experts of all devices that could be theirs."""
         here = self.shards.local(self.config.experts)
-        mine = x, routed.experts, routing.gates(routed, self.config.gate)
+        mine = centred, routed.experts, routing.gates(routed, self.config.gate)
         x, experts, gates = self.shards.gather(mine)
         local = experts - self.shards.first(self.config.experts)
         experts = jnp.where((local >= 0) & (local < here), local, here)
         return Row(x, experts, gates, group(experts, here))
 
-    def acts(self, row: Row) -> Float[Array, "R E M"]:
+    def latents(
+        self, row: Row
+    ) -> tuple[Float[Array, "R E M"], Callable[..., list[Float[Array, "R K"]]]]:
         """ReLU((x - b_dec) W^_i + c_i) of the selected experts, gated where the gate stands here.
 
-        0 for experts on other devices. `shift` is 0 and carries the gradient of b_dec; see
-        `centring`.
+        Returns all of them, and a function from `Slots`, one or several, to the latents in each.
+        Take gradients through the function: where codes are sparse, it is that of K products a
+        token, and nothing dense is kept for it.
         """
         c, experts = self.config, row.experts
-        b_dec = self.b_dec / self.unit
-        centred = row.x / self.unit - jax.lax.stop_gradient(b_dec)
-        products = grouped_dot(centred, self.w_enc, row.groups, self.kernel, c.dtype)  # [R, E, M]
-        shift = centring.shift(b_dec, self.w_enc)  # [N, M]
-        if c.feature_scaling != "none":
-            along, along_shift = self.along_low_pass(centred, b_dec, products, shift, experts)
-            products = scaling.scale_features(products, self.omega[experts], along)
-            shift = scaling.scale_features(shift, self.omega, along_shift)
-        acts = jax.nn.relu(products + (self.b_enc + shift)[experts])
+        here, _, size = self.w_enc.shape
+        products = grouped_dot(row.x, self.w_enc, row.groups, self.kernel, c.dtype)  # [R, E, M]
+        bias = self.bias()
+
+        def act(products, low, experts, bias, gates):
+            if c.feature_scaling != "none":
+                products = scaling.scale_features(products, self.omega[experts], low)
+            acts = jax.nn.relu(products + bias)
+            return acts if c.gate_at == "output" else acts * gates
+
+        low = self.along_low_pass(row, products.mean(-1))
+        of_pairs = low[..., None], experts[..., None], bias[experts], row.gates[..., None]
+        acts = act(products, *of_pairs)
         if self.shards.expert > 1:
-            acts = jnp.where((experts < self.w_enc.shape[0])[..., None], acts, 0)
-        return acts if c.gate_at == "output" else acts * row.gates[..., None]
+            acts = jnp.where((experts < here)[..., None], acts, 0)
 
-    def along_low_pass(
-        self,
-        centred: Float[Array, "R D"],
-        b_dec: Float[Array, " D"],
-        products: Float[Array, "R E M"],
-        shift: Float[Array, "N M"],
-        experts: Int[Array, "R E"],
-    ) -> tuple[Float[Array, "R E"], Float[Array, " N"]]:
-        """What `products` and `shift` are along the low-pass direction a_i."""
+        def of_acts(slots: Slots) -> Float[Array, "R K"]:
+            flat = acts.reshape(acts.shape[0], -1)
+            at = slots.places
+            return flat if at is None else jnp.take_along_axis(flat, at, axis=-1, mode="clip")
+
+        def of_products(slots: Slots) -> Float[Array, "R K"]:
+            constant = jax.lax.stop_gradient(products)
+            found, means = grouped_dot_at(
+                row.x, self.w_enc, constant, slots.places, row.groups, self.kernel, c.dtype
+            )
+            low = _of_pairs(self.along_low_pass(row, means), slots)
+            of_latents, gates = bias.reshape(-1)[slots.ids], _of_pairs(row.gates, slots)
+            return act(found, low, slots.expert, of_latents, gates)
+
+        def act_at(*several: Slots) -> list[Float[Array, "R K"]]:
+            if self.sparse_codes:
+                found = _in_one_call(of_products, several)
+            else:
+                found = [of_acts(slots) for slots in several]
+            return [jnp.where(s.kept, f, 0) for s, f in zip(several, found, strict=True)]
+
+        return acts, act_at
+
+    def bias(self) -> Float[Array, "N M"]:
+        """c_i, and a 0 that carries the gradient of b_dec in the products; see `centring`."""
+        b_dec = self.b_dec / self.unit
+        shift = centring.shift(b_dec, self.w_enc)
         kind = self.config.feature_scaling
+        if kind == "none":
+            return self.b_enc + shift
         if kind == "gain":
-            return jnp.zeros(experts.shape), jnp.zeros(shift.shape[0])
+            along = jnp.zeros(shift.shape[0])
+        elif kind == "mean":
+            along = shift.mean(-1)
+        else:
+            along = -scaling.low_pass(self.w_enc, self.low_pass) @ centring.offset(b_dec)
+        return self.b_enc + scaling.scale_features(shift, self.omega[:, None], along[:, None])
+
+    def along_low_pass(self, row: Row, means: Float[Array, "R E"]) -> Float[Array, "R E"]:
+        """x . a_i, with the low-pass direction of each selected expert; `means` of its products."""
+        kind = self.config.feature_scaling
+        if kind in ("none", "gain"):
+            return jnp.zeros(means.shape)
         if kind == "mean":
-            return products.mean(-1), shift.mean(-1)
-        direction = scaling.low_pass(self.w_enc, self.low_pass)  # [N, D]
-        along = jnp.take_along_axis(centred @ direction.T, experts, axis=-1, mode="clip")
-        return along, -direction @ centring.offset(b_dec)
+            return means
+        directions = scaling.low_pass(self.w_enc, self.low_pass)  # [N, D]
+        return jnp.take_along_axis(row.x @ directions.T, row.experts, axis=-1, mode="clip")
 
-    def weighted(self, codes: Codes, row: Row) -> Codes:
-        """Survivors in the unit of x, times their expert's gate where that stands at the output."""
-        codes = codes._replace(values=codes.values * self.unit)
-        if self.config.gate_at == "code":
-            return codes
-        expert = codes.ids // self.w_enc.shape[2]  # [R, K]
-        belongs = expert[..., None] == row.experts[:, None, :]  # [R, K, E]
-        weight = jnp.where(belongs, row.gates[:, None], 0).sum(-1)
-        return codes._replace(values=codes.values * weight)
+    def slots(self, places: Int[Array, "R K"], row: Row) -> Slots:
+        """The slots at `places`; E * m, or the place of an expert elsewhere, leaves one unused."""
+        here, _, size = self.w_enc.shape
+        pair = places // size
+        expert = jnp.take_along_axis(row.experts, pair, axis=-1, mode="fill", fill_value=here)
+        return Slots(places, expert < here, pair, expert, expert * size + places % size)
 
-    def survivors(self, acts: Float[Array, "R E M"], row: Row, training: bool) -> Codes:
-        c, experts = self.config, row.experts
+    def every_slot(self, kept: Bool[Array, "R W"], row: Row) -> Slots:
+        """A slot for each latent of the selected experts."""
+        here, _, size = self.w_enc.shape
+        pair = jnp.broadcast_to(jnp.arange(kept.shape[1]) // size, kept.shape)
+        expert = jnp.repeat(row.experts, size, axis=-1)
+        return Slots(None, kept, pair, expert, expert * size + jnp.arange(kept.shape[1]) % size)
+
+    def survivors(self, acts: Float[Array, "R E M"], row: Row, training: bool) -> Slots:
+        """The slots of the latents that survive, by `topk_scope`."""
+        c, acts = self.config, jax.lax.stop_gradient(acts)
         if c.topk_scope == "token":
-            return selection.per_token(acts, experts, c.k, row.groups, self.shards)
+            return self.slots(selection.per_token(acts, c.k, row.groups, self.shards), row)
         if c.topk_scope == "expert":
-            return selection.per_expert(acts, experts, c.k)
+            return self.slots(selection.per_expert(acts, c.k), row)
+        flat = acts.reshape(acts.shape[0], -1)
         if training:
-            return selection.per_batch(acts, experts, c.k, self.shards)
-        return selection.over_threshold(acts, experts, self.threshold)
+            return self.every_slot(selection.per_batch(flat, c.k, self.shards), row)
+        return self.every_slot(flat > self.threshold, row)
+
+    def revived(self, acts: Float[Array, "R E M"], dead: Bool[Array, " L"], row: Row) -> Slots:
+        """Slots of the largest dead latents of each token (AuxK, arXiv 2406.04093, appendix A.2).
+
+        Latents of experts that a token does not use are not computed for it, so they cannot be
+        revived by it. `dead` marks the latents of this device's experts.
+        """
+        c, (_, active, size) = self.config, acts.shape
+        most = min(c.auxk_latents or self.width // 2, active * size)
+        asleep = dead.reshape(-1, size)[row.experts]
+        candidates = jnp.where(asleep, jax.lax.stop_gradient(acts), 0)
+        slots = self.slots(selection.per_token(candidates, most, row.groups, self.shards), row)
+        return slots._replace(kept=slots.kept & dead[slots.ids])
+
+    def codes(self, values: Float[Array, "R K"], slots: Slots, row: Row) -> Codes:
+        """Values in the unit of x, times their expert's gate where that stands at the output."""
+        values = values * self.unit
+        if self.config.gate_at == "output":
+            values = values * _of_pairs(row.gates, slots)
+        return Codes(values, slots.ids)
 
     def encode(self, x: Float[Array, "T D"]) -> Codes:
-        row = self.dispatch(x, self.route(x))
-        codes = self.weighted(self.survivors(self.acts(row), row, training=False), row)
+        centred = self.centred(x)
+        row = self.dispatch(centred, self.route_centred(centred))
+        acts, act_at = self.latents(row)
+        slots = self.survivors(acts, row, training=False)
+        codes = self.codes(*act_at(slots), slots, row)
         if self.shards.expert == 1:
             return codes
         first = self.shards.first(self.config.experts) * self.w_enc.shape[2]
@@ -200,14 +276,19 @@ class ScaleSAE(nn.Module):
         return self.w_dec.reshape(-1, self.width)
 
     def squared_error(
-        self, target: Float[Array, "T D"], codes: Codes, row: Row
+        self,
+        target: Float[Array, "T D"],
+        codes: Codes,
+        slots: Slots,
+        row: Row,
+        b_dec: Float[Array, " D"],
     ) -> tuple[Float[Array, ""], Float[Array, "T D"]]:
-        """mean_t |target - decoded|^2 over the whole batch, and this device's target - decoded."""
-        dtype = self.config.dtype
+        """mean_t |target - b_dec - decoded|^2 over the whole batch, and this device's residual."""
+        dtype, shards = self.config.dtype, self.shards
         error, residual = decoding.squared_error(
-            target, codes, row.experts, self.w_dec, row.groups, self.kernel, dtype, self.shards
+            target, codes, slots.places, self.w_dec, b_dec, row.groups, self.kernel, dtype, shards
         )
-        return self.shards.mean(error), residual
+        return shards.mean(error), residual
 
     def loss(self, x: Float[Array, "T D"], dead: Bool[Array, " L"] | None) -> Loss:
         """mean |x - x^|^2 + alpha d N sum_i f_i P_i (+ AuxK).
@@ -216,23 +297,25 @@ class ScaleSAE(nn.Module):
           dead: latents that AuxK revives, [N * M] by id; None where there are none.
         """
         c, shards = self.config, self.shards
-        routed = self.route(x)
-        row = self.dispatch(x, routed)
-        acts = self.acts(row)
-        survivors = self.survivors(acts, row, training=True)
-        codes = self.weighted(survivors, row)
-        mse, residual = self.squared_error(x - self.b_dec, codes, row)
+        centred = self.centred(x)
+        routed = self.route_centred(centred)
+        row = self.dispatch(centred, routed)
+        acts, act_at = self.latents(row)
+        slots = self.survivors(acts, row, training=True)
+        revived = [self.revived(acts, dead, row)] if c.auxk and dead is not None else []
+        values, *again = act_at(slots, *revived)
+        codes = self.codes(values, slots, row)
+        mse, residual = self.squared_error(x, codes, slots, row, self.b_dec)
         balance = routing.load_balance(routed, self.width, c.load_balance_from, shards)
         load = routing.expert_share(routed, "selected", shards)
         auxk = jnp.zeros(())
-        if c.auxk and dead is not None:
-            slots = min(c.auxk_latents or self.width // 2, acts.shape[1] * acts.shape[2])
-            revived = selection.dead_codes(acts, row.experts, dead, slots, row.groups, shards)
-            auxk, _ = self.squared_error(residual, self.weighted(revived, row), row)
+        for found, places in zip(again, revived, strict=True):
+            codes_again = self.codes(found, places, row)
+            auxk, _ = self.squared_error(residual, codes_again, places, row, jnp.zeros(self.width))
             auxk = jnp.where(shards.total(dead.sum()) > 0, auxk, 0)
         tracked = {}
         if c.topk_scope == "batch":
-            follow = selection.follow_threshold(self.threshold, survivors.values, shards)
+            follow = selection.follow_threshold(self.threshold, values, shards)
             tracked["threshold"] = follow
         if c.balance_rate:
             tracked["balance"] = routing.rebalanced(self.balance, load, c.balance_rate)
@@ -244,3 +327,18 @@ class ScaleSAE(nn.Module):
             expert_load=load,
             tracked=tracked,
         )
+
+
+def _of_pairs(values: Float[Array, "R E"], slots: Slots) -> Float[Array, "R K"]:
+    """The value of each slot's expert; 0 for none. Sums, which are faster than gathering."""
+    belongs = slots.pair[..., None] == jnp.arange(values.shape[1])
+    return jnp.where(belongs, values[:, None], 0).sum(-1)
+
+
+def _in_one_call(
+    function: Callable[[Slots], Float[Array, "R K"]], several: tuple[Slots, ...]
+) -> list[Float[Array, "R K"]]:
+    """function(slots) for each of several, whose gradients come from one product then."""
+    ends = np.cumsum([slots.kept.shape[1] for slots in several])[:-1]
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *several)
+    return jnp.split(function(joined), ends, axis=1)

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float
 
 
 def scale_features(
-    products: Float[Array, "*B M"], omega: Float[Array, "*B"], along: Float[Array, "*B"]
-) -> Float[Array, "*B M"]:
+    products: Float[Array, "*B"], omega: Float[Array, "*#B"], along: Float[Array, "*#B"]
+) -> Float[Array, "*B"]:
     """x W^_i from `products` = x W_i and `along` = x . a_i; along = 0 scales the whole encoder."""
-    return products + omega[..., None] * (products - along[..., None])
+    return products + omega * (products - along)
 
 
 def low_pass(w_enc: Float[Array, "N D M"], transform: Float[Array, "D D"]) -> Float[Array, "N D"]:

@@ -1,19 +1,17 @@
 """Which latents survive: the global top-k over all latents of a token's selected experts.
 
-All three scopes take a_[T, E, m] >= 0 and return `Codes`. A latent that is 0 never counts as
-active, never more than k survive, and a tie goes to the lower global id. The gradient reaches the
-winners only.
+All scopes take a >= 0 of the E * m latents of each token's experts and say which survive, by place
+or by mark. A latent that is 0 never counts as active, never more than k survive, and a tie goes to
+the lower place, which is the lower global id. Choosing has no gradient.
 
-With experts on several devices (`shards`), acts [R, E, m] are those of the R tokens that a device's
-experts see, 0 at experts that lie elsewhere, and so are the values of the codes; ids count a
-device's own latents.
+With experts on several devices (`shards`), acts are those of the R tokens that a device's experts
+see, 0 at experts that lie elsewhere; E * m is the place of a winner that lies elsewhere.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from scale_sae_jax.sae.codes import Codes
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.shards import Shards
 
@@ -21,12 +19,6 @@ GROUP = 32
 NARROW = 128  # rows of fewer than so many values a winner are not worth two stages
 THRESHOLD_DECAY = 0.9
 CHUNK_PAIRS = 512
-
-
-def latent_ids(experts: Int[Array, "T E"], size: int) -> Int[Array, "T W"]:
-    """Global ids of all W = E * size latents of the selected experts, in their order."""
-    ids = experts[..., None] * size + jnp.arange(size, dtype=experts.dtype)
-    return ids.reshape(experts.shape[0], -1)
 
 
 def top_k(
@@ -109,24 +101,18 @@ def follow_threshold(
 
 def per_token(
     acts: Float[Array, "R E M"],
-    experts: Int[Array, "R E"],
     k: int,
     groups: Groups | None = None,
     shards: Shards = Shards(),
-) -> Codes:
+) -> Int[Array, "R K"]:
     """The k largest latents over all selected experts of each token (Scale SAE, global top-k).
 
     Args:
       groups: the pairs by expert; needed with experts on several devices.
     """
-    size, flat = acts.shape[-1], acts.reshape(acts.shape[0], -1)
     if shards.expert == 1:
-        values, places = top_k(flat, k)
-    else:
-        places = _winners_of_all(acts, k, groups, shards)
-        values = jnp.take_along_axis(flat, places, axis=-1, mode="fill", fill_value=0)
-    expert, latent = jnp.minimum(places // size, experts.shape[1] - 1), places % size
-    return Codes(values, jnp.take_along_axis(experts, expert, axis=-1) * size + latent)
+        return top_k(acts.reshape(acts.shape[0], -1), k)[1]
+    return _winners_of_all(acts, k, groups, shards)
 
 
 def _winners_of_all(
@@ -139,7 +125,7 @@ def _winners_of_all(
     """
     rows, active, size = acts.shape
     kept = min(k, size)
-    values, latents = _largest(jax.lax.stop_gradient(acts).reshape(-1, size), kept, groups)
+    values, latents = _largest(acts.reshape(-1, size), kept, groups)
     candidates = values, jnp.where(values > 0, latents, 0)
     own = jax.tree.map(lambda a: a.reshape(rows, -1), candidates)
     values, latents = shards.sum_to_owner(own)  # [T, E * kept]
@@ -165,46 +151,15 @@ def _largest(
     return jax.lax.fori_loop(0, -(-groups.sizes.sum() // chunk), body, found)
 
 
-def per_expert(acts: Float[Array, "T E M"], experts: Int[Array, "T E"], k: int) -> Codes:
+def per_expert(acts: Float[Array, "T E M"], k: int) -> Int[Array, "T K"]:
     """k / E latents in each selected expert: the control without competition between experts."""
     tokens, active, size = acts.shape
-    values, latents = jax.lax.top_k(acts, k // active)
-    ids = experts[..., None] * size + latents
-    return Codes(values.reshape(tokens, k), ids.reshape(tokens, k))
+    _, latents = jax.lax.top_k(acts, k // active)
+    return (latents + size * jnp.arange(active)[:, None]).reshape(tokens, k)
 
 
-def per_batch(
-    acts: Float[Array, "R E M"], experts: Int[Array, "R E"], k: int, shards: Shards = Shards()
-) -> Codes:
-    """The k * T largest latents of the batch (BatchTopK, arXiv 2412.06410); K = E * m slots."""
-    flat = acts.reshape(acts.shape[0], -1)
+def per_batch(acts: Float[Array, "R W"], k: int, shards: Shards = Shards()) -> Bool[Array, "R W"]:
+    """Marks the k * T largest latents of the batch (BatchTopK, arXiv 2412.06410)."""
     if shards.data * shards.expert == 1:
-        winners = batch_winners(flat, k)
-    else:
-        winners = batch_winners_of_all(flat, k * flat.shape[0] * shards.data, shards)
-    return Codes(jnp.where(winners, flat, 0), latent_ids(experts, acts.shape[-1]))
-
-
-def over_threshold(
-    acts: Float[Array, "T E M"], experts: Int[Array, "T E"], threshold: Float[Array, ""]
-) -> Codes:
-    """Every latent above `threshold`: BatchTopK at inference, where each token stands alone."""
-    values = jnp.where(acts > threshold, acts, 0).reshape(acts.shape[0], -1)
-    return Codes(values, latent_ids(experts, acts.shape[-1]))
-
-
-def dead_codes(
-    acts: Float[Array, "R E M"],
-    experts: Int[Array, "R E"],
-    dead: Bool[Array, " L"],
-    k: int,
-    groups: Groups,
-    shards: Shards = Shards(),
-) -> Codes:
-    """The k largest dead latents among the selected experts (AuxK, arXiv 2406.04093, appendix A.2).
-
-    Latents of experts that a token does not use are not computed for it, so they cannot be revived
-    by it. `dead` marks the latents of this device's experts.
-    """
-    ids = latent_ids(experts, acts.shape[-1]).reshape(acts.shape)
-    return per_token(jnp.where(dead[ids], acts, 0), experts, k, groups, shards)
+        return batch_winners(acts, k)
+    return batch_winners_of_all(acts, k * acts.shape[0] * shards.data, shards)

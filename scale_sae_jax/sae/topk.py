@@ -45,7 +45,7 @@ class TopKSAE(DictionarySAE):
     def loss(self, x: Float[Array, "T D"], dead: Bool[Array, " L"] | None) -> Loss:
         acts, acts_at = self.latents(x)
         codes = self.winners(acts, acts_at)
-        mse, residual = self.squared_error(x - self.b_dec, codes)
+        mse, residual = self.squared_error(x, codes, self.b_dec)
         auxk = self.auxk(acts, acts_at, dead, residual)
         return Loss(
             total=mse + self.config.auxk_weight * auxk,
