@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scale_sae_jax.sae import kernels
-from scale_sae_jax.sae.grouped import grouped_dot
+from scale_sae_jax.sae.grouped import grouped_dot, grouped_dot_at
 from scale_sae_jax.sae.groups import group
 
 T, N, D, M = 150, 5, 7, 6
@@ -88,6 +88,39 @@ def test_any_shape_and_load_equals_dense(kernel, tokens, n_experts, evenness, da
     weight = rng.standard_normal((tokens, active, b))
     x, w, weight = (jnp.asarray(array, jnp.float32) for array in (x, w, weight))
     assert_equal_to_dense(kernel, x, w, experts, weight)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("name", loads())
+def test_some_products_and_means_have_the_gradient_of_dense_ones(name, kernel):
+    """Slots may repeat a product, as a dead latent that fires does, and may lie beyond all."""
+    experts = jnp.asarray(np.sort(loads()[name], 1), jnp.int32)
+    keys = jax.random.split(jax.random.key(2), 4)
+    x, w = jax.random.normal(keys[0], (T, D)), jax.random.normal(keys[1], (N, D, M))
+    places = jax.random.randint(keys[2], (T, 4), 0, 2 * M).at[:, 3].set(2 * M)
+    places = places.at[:, 2].set(places[:, 1])
+    weight = jax.random.normal(keys[3], (T, 6))
+
+    def ours(x, w):
+        groups, used = group(experts, N), kernels.choose(kernel)
+        products = jax.lax.stop_gradient(grouped_dot(x, w, groups, used))
+        return jnp.concatenate(grouped_dot_at(x, w, products, places, groups, used), axis=1)
+
+    def theirs(x, w):
+        products = dense(x, w, experts)
+        flat = jnp.pad(products.reshape(T, -1), ((0, 0), (0, 1)))
+        return jnp.concatenate(
+            [jnp.take_along_axis(flat, places, axis=1), products.mean(-1)], axis=1
+        )
+
+    np.testing.assert_allclose(ours(x, w), theirs(x, w), atol=1e-5)
+    assert (ours(x, w)[:, 3] == 0).all()
+    grads = [
+        jax.jit(jax.grad(lambda x, w, f=f: (f(x, w) * weight).sum(), argnums=(0, 1)))(x, w)
+        for f in (ours, theirs)
+    ]
+    for mine, expected in zip(*grads, strict=True):
+        np.testing.assert_allclose(mine, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
 @pytest.mark.parametrize("kernel", kernels.KERNELS)

@@ -157,12 +157,12 @@ def test_bfloat16_is_near_float32():
     assert abs(near.mse / loss.mse - 1) < 0.02
 
 
-def temporaries(tokens, experts):
+def temporaries(tokens, experts, size=32, width=32):
     """Bytes that XLA sets aside for one forward and backward pass, the gradients apart."""
-    config = SAEConfig(latents=experts * 32, experts=experts, active=2, k=4)
-    sae = build(config, 32)
+    config = SAEConfig(latents=experts * size, experts=experts, active=2, k=4)
+    sae = build(config, width)
     params = jax.eval_shape(sae.init, jax.random.key(0))
-    x = jax.ShapeDtypeStruct((tokens, 32), jnp.float32)
+    x = jax.ShapeDtypeStruct((tokens, width), jnp.float32)
     gradient = jax.jit(jax.grad(lambda p, x: sae.loss(p, x, None).total))
     return gradient.lower(params, x).compile().memory_analysis().temp_size_in_bytes
 
@@ -173,6 +173,12 @@ def test_memory_grows_with_the_active_width_not_with_the_dictionary():
     assert many - few < 4 * 512 * 64 * 32 / 2
     assert many < 4 * 512 * 64 * 32
     assert long < 4.5 * many
+
+
+def test_memory_is_four_arrays_of_the_active_width_and_the_gathered_inputs():
+    tokens, size, width = 1024, 96, 192
+    bound = 4 * (4 * tokens * 2 * size + tokens * 2 * width)
+    assert temporaries(tokens, 16, size, width) <= bound
 
 
 def test_one_expert_with_weight_one_gets_no_router_gradient():
