@@ -7,20 +7,25 @@ folder of a run, DIR/CELL. Finished cells are skipped, a cell that fails is told
 traceback in DIR/CELL/error.txt), and the same command again goes on. To evaluate a finished cell
 anew, delete its cell.json. DIR/results.csv and .parquet hold a row for each finished cell of the
 grid, with the command that runs it alone. Several processes can run it as one program, as
-experiments.train.
+experiments.train. Cells of one shape (seeds, say) share compiled programs.
 
 Exit status: 0 done or stopped, 1 if a cell failed, 2 for a user's mistake.
 """
 
+import contextlib
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from textwrap import shorten
 from threading import Event
 from typing import Any
 
+import jax
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import command_line
 from experiments.console import Bars
@@ -96,6 +101,29 @@ def run_cells(
     return failed
 
 
+@contextlib.contextmanager
+def shared_programs() -> Iterator[None]:
+    """What one cell compiles, the next of the same shape finds, in a folder that goes at the end.
+
+    A folder that the user has set (JAX_COMPILATION_CACHE_DIR) stays, and what is in it.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    always = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, always)
+    with tempfile.TemporaryDirectory() as folder:
+        compilation_cache.set_cache_dir(folder)
+        compilation_cache.reset_cache()
+        jax.config.update(always, 0)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()
+            jax.config.update(always, before)
+
+
 def say(line: str) -> None:
     if processes.leads():
         print(line, flush=True)
@@ -139,7 +167,7 @@ def main() -> None:
         ) from None
     command = ["python", "-m", "experiments.sweep", f"--grid={FLAGS.grid}", f"--workdir={workdir}"]
     try:
-        with stop_requests() as stop:
+        with stop_requests() as stop, shared_programs():
             failed = run_cells(chosen, grid, workdir, stop, command)
     except Interrupted as stopped:
         say(f"{stopped}; the same command goes on from there ({workdir})")

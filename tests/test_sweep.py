@@ -6,9 +6,11 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from pydoc_data.topics import topics
 from threading import Event
 
+import jax
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
@@ -223,6 +225,21 @@ def test_a_cell_that_fails_is_told_and_the_rest_go_on(tmp_path, fake, capsys, mo
     monkeypatch.setattr(sweep, "run", lambda *_: {"fvu": 0.0})
     assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
     assert not (tmp_path / "a-seed=13" / "error.txt").exists()
+
+
+def test_cells_of_one_shape_share_compiled_programs():
+    jax.config.update("jax_compilation_cache_dir", None)
+    seen = []
+    listen = lambda name, **_: seen.append(name)  # noqa: E731
+    jax.monitoring.register_event_listener(listen)
+    with command.shared_programs():
+        for _ in range(2):
+            jax.jit(lambda x: 3 * x + 1)(np.ones(7)).block_until_ready()
+        folder = Path(jax.config.jax_compilation_cache_dir)
+        assert any(folder.iterdir())
+    jax.monitoring.unregister_event_listener(listen)
+    assert seen.count("/jax/compilation_cache/cache_hits") >= 1
+    assert jax.config.jax_compilation_cache_dir is None and not folder.exists()
 
 
 def test_a_stop_ends_the_sweep_and_is_no_failure(tmp_path, fake):

@@ -8,6 +8,7 @@ A page of a latent is latent.html#ID; it loads the one file of SHARD latents tha
 import json
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,11 @@ from scale_sae_jax.inspection.look import Findings
 from scale_sae_jax.report.dashboard.data import About, Tokens, latent_record, overview
 
 SHARD = 64
+PAGES = {  # and their scripts
+    "index": ("data/sentences.js", "index.js"),
+    "latent": ("latent.js",),
+    "expert": ("expert.js",),
+}
 
 
 def write_site(
@@ -42,17 +48,27 @@ def write_site(
         ids = latents[latents // SHARD == shard].tolist()
         values = {latent: latent_record(findings, tokens, latent) for latent in ids}
         scripts[f"latents-{shard}.js"] = f"dashboard.shards[{shard}] = {script_json(values)};\n"
-    pages = [page for page in files(__package__).joinpath("static").iterdir() if page.is_file()]
     try:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         for old in (folder / "data").glob("latents-*.js"):
             old.unlink()
-        written = sum((folder / page.name).write_bytes(page.read_bytes()) for page in pages)
+        written = sum((folder / name).write_bytes(page) for name, page in fixed_files().items())
         for name, script in scripts.items():
             written += (folder / "data" / name).write_bytes(script.encode("ascii"))
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --to") from None
     return written
+
+
+def fixed_files() -> dict[str, bytes]:
+    """The files that are the same in every dashboard, by name."""
+    static = files(__package__).joinpath("static")
+    found = {file.name: file.read_bytes() for file in static.iterdir() if file.is_file()}
+    template = Template(found.pop("page.html").decode())
+    for page, scripts in PAGES.items():
+        lines = [f'<script defer src="{script}"></script>' for script in scripts]
+        found[f"{page}.html"] = template.substitute(scripts="\n  ".join(lines)).encode()
+    return found
 
 
 def script_json(value: Any) -> str:
