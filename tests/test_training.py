@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sums import sums_of_three
 
 import scale_sae_jax
 from scale_sae_jax import workdir as folders
@@ -40,7 +41,7 @@ CONFIG = Config(
 
 @dataclass(frozen=True)
 class Rows:
-    """Activations in memory: sums of three of 24 directions."""
+    """Activations in memory."""
 
     data: np.ndarray
 
@@ -54,11 +55,7 @@ class Rows:
 
 @pytest.fixture(scope="module")
 def activations():
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(24, WIDTH))
-    chosen = rng.random((ROWS, 24)).argsort(1)[:, :3]
-    strength = rng.uniform(1, 2, (ROWS, 3, 1))
-    return Rows((features[chosen] * strength).sum(1).astype(np.float32) + 1)
+    return Rows(sums_of_three(ROWS))
 
 
 def step_of(config, dead_after):
