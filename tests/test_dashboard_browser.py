@@ -28,7 +28,7 @@ def site(tmp_path_factory):
         sys.executable, "-m", "experiments.dashboard", f"--workdir={workdir}", "--tokens=6000",
         f"--text=Assert {EVIL} now.", "--neuronpedia=small/4-scale",
     ]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=280)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert f"{workdir}/dashboard/index.html  (64 latents" in done.stdout

@@ -46,7 +46,7 @@ def test_tutorial(workdir, capsys):
 def test_commands_of_the_tutorial(workdir):
     (command,) = blocks("tutorial.md", "sh")
     words = shlex.split(command.replace("runs/quickstart", str(workdir)))
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, *words[1:], "--tokens=500"], cwd=ROOT, env=env,
                           text=True, capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from scale_sae_jax.parallel.plan import plan
 from scale_sae_jax.parallel.watch import Watch
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
 def call(module, *args):

@@ -34,14 +34,6 @@ def array(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,8 +48,7 @@ def launch(array, workdir, count, devices, steps=STEPS):
                f"--workdir={workdir}", *(f"--config.{setting}" for setting in SETTINGS),
                f"--config.steps={steps}"]
     together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"] * (count > 1)
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu",
-                        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen(
             [*command, *together, *[f"--process_id={number}"] * (count > 1)], cwd=ROOT, env=env,

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from scipy import stats
 from test_commands import (
     FORKING,
@@ -22,7 +23,6 @@ from test_commands import (
     WIDTH,
     begin,
     data,  # noqa: F401
-    environment,  # noqa: F401
     wait_for_step,
     write_model,
 )
@@ -227,8 +227,16 @@ def test_a_cell_that_fails_is_told_and_the_rest_go_on(tmp_path, fake, capsys, mo
     assert not (tmp_path / "a-seed=13" / "error.txt").exists()
 
 
-def test_cells_of_one_shape_share_compiled_programs():
+@pytest.fixture
+def no_folder_of_the_users():
+    mine = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", mine)
+    compilation_cache.reset_cache()
+
+
+def test_cells_of_one_shape_share_compiled_programs(no_folder_of_the_users):
     seen = []
     listen = lambda name, **_: seen.append(name)  # noqa: E731
     jax.monitoring.register_event_listener(listen)
