@@ -127,9 +127,7 @@ def forward_backward(config: SAEConfig, batches: Array, repeats: int) -> tuple[f
 def selection_seconds(config: SAEConfig, batches: Array, repeats: int) -> float:
     """The top-k over the active latents, and its gradient."""
     size = config.latents // config.experts
-    acts = jax.random.uniform(
-        jax.random.key(0), (*batches.shape[:2], config.active, size)
-    )
+    acts = jax.random.uniform(jax.random.key(0), (*batches.shape[:2], config.active, size))
 
     def survivors(acts):
         places = selection.per_token(jax.lax.stop_gradient(acts), config.k)

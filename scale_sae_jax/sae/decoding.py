@@ -91,7 +91,7 @@ def squared_error(
     The residual is a constant: no gradient flows through it.
     """
     tokens, slots = codes.values.shape
-    width = groups.pairs.size // tokens * w_dec.shape[1]
+    width = groups.active(tokens) * w_dec.shape[1]
     if shards.expert == 1 and width > kernel.gathered_row * slots:
         return _error_by_rows(*codes, places, w_dec, b_dec, target, groups, kernel, dtype)
     dense = dense_codes(codes.values, places, w_dec.shape[1], groups)
@@ -125,7 +125,7 @@ def _error_backward(kernel, dtype, saved, grads):
     tokens, slots = values.shape
     scale = -2 * grads[0] / tokens  # d(error) = scale * residual . d(decoded)
     size = w_dec.shape[1]
-    if groups.pairs.size // tokens * size > kernel.scattered_row * slots:
+    if groups.active(tokens) * size > kernel.scattered_row * slots:
         d_rows = scatter_rows(scale * values, ids, residual, _flat(w_dec))
     else:
         dense = dense_codes(scale * values, places, size, groups)
@@ -143,7 +143,7 @@ def dense_codes(
 ) -> Float[Array, "T E M"]:
     """The codes over all `size` latents of each selected expert; `places` as in `Slots`."""
     tokens = values.shape[0]
-    width = groups.pairs.size // tokens * size
+    width = groups.active(tokens) * size
     dense = values if places is None else spread(values, places, width)
     return dense.reshape(tokens, -1, size)
 

@@ -119,7 +119,7 @@ def _rows(x: Array, groups: Groups, dtype: DTypeLike) -> Rows:
     x = x.astype(dtype)
     if x.ndim == 3:
         return Rows(x.reshape(-1, x.shape[-1]), groups.pairs)
-    return Rows(x, groups.pairs // (groups.pairs.size // x.shape[0]))
+    return Rows(x, groups.pairs // groups.active(x.shape[0]))
 
 
 def _by_token(rows: Array, x: Array, groups: Groups, kernel: Kernel) -> Array:

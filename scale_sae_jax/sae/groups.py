@@ -27,6 +27,10 @@ class Groups(NamedTuple):
     experts: Int[Array, " P"]
     sizes: Int[Array, " N"]
 
+    def active(self, tokens: int) -> int:
+        """E, the pairs of each of all `tokens`."""
+        return self.pairs.size // tokens
+
 
 def group(experts: Int[Array, "T E"], n_experts: int) -> Groups:
     """Sorts the pairs by expert; pairs of one expert stay in the order of their tokens.
