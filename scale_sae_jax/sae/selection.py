@@ -17,6 +17,8 @@ from scale_sae_jax.sae.shards import Shards
 
 GROUP = 32
 NARROW = 128  # rows of fewer than so many values a winner are not worth two stages
+PIECES = 64
+PIECE_ROWS = 32
 THRESHOLD_DECAY = 0.9
 CHUNK_PAIRS = 512
 
@@ -32,14 +34,37 @@ def top_k(
     """
     tokens, width = values.shape
     if width < NARROW * k or width % GROUP:
-        return tuple(jax.lax.top_k(values, k))
+        return _top_k_of_rows(values, k)
     grouped = values.reshape(tokens, -1, GROUP)
-    _, groups = jax.lax.top_k(grouped.max(-1), k)
+    _, groups = _top_k_of_rows(grouped.max(-1), k)
     groups = jnp.sort(groups, axis=-1)  # [T, K]
     candidates = jnp.take_along_axis(grouped, groups[..., None], axis=1)
-    winners, slots = jax.lax.top_k(candidates.reshape(tokens, -1), k)
+    winners, slots = _top_k_of_rows(candidates.reshape(tokens, -1), k)
     group = jnp.take_along_axis(groups, slots // GROUP, axis=-1)
     return winners, group * GROUP + slots % GROUP
+
+
+def _top_k_of_rows(
+    values: Float[Array, "T W"], k: int
+) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
+    """`jax.lax.top_k`, on CPUs in pieces: one call keeps one core busy, many calls keep all.
+
+    The last line changes nothing, but keeps the values in use: pieces whose values nobody needs
+    would share one buffer for them, and wait for each other.
+    """
+
+    def whole(values):
+        return tuple(jax.lax.top_k(values, k))
+
+    def in_pieces(values):
+        tokens, width = values.shape
+        pieces = max(1, min(PIECES, tokens // PIECE_ROWS))
+        found = [jax.lax.top_k(piece, k) for piece in jnp.array_split(values, pieces)]
+        values, ids = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
+        last = jnp.where(jnp.isnan(values), width - 1, width)
+        return values, jnp.minimum(ids, last)
+
+    return jax.lax.platform_dependent(values, cpu=in_pieces, default=whole)
 
 
 def batch_winners(acts: Float[Array, "T W"], k: int) -> Bool[Array, "T W"]:
