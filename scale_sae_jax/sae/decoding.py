@@ -23,7 +23,7 @@ from scale_sae_jax.sae.kernels import Kernel
 from scale_sae_jax.sae.losses import mean_square
 from scale_sae_jax.sae.shards import Shards
 
-CHUNK_ELEMENTS = 3 << 17
+CHUNK_ELEMENTS = 3 << 16
 
 
 def decode(
@@ -107,15 +107,20 @@ def _error_by_rows(values, ids, places, w_dec, b_dec, target, groups, kernel, dt
 
 
 def _error_forward(values, ids, places, w_dec, b_dec, target, groups, kernel, dtype):
-    """Takes the gradient of the values along, so that rows are gathered once only."""
-    rows = _flat(w_dec).astype(dtype)
+    """Takes the gradient of the values along, so that rows are gathered once only.
 
-    def chunk(v, i, goal):
+    Goes through the tokens in the order of their first experts: neighbours gather the same rows.
+    """
+    rows = _flat(w_dec).astype(dtype)
+    order = groups.rows.reshape(values.shape[0], -1)[:, 0].argsort()
+
+    def chunk(v, i, tokens):
         gathered = rows[i]  # [C, K, D]
-        residual = goal - b_dec - _einsum("tk,tkd->td", v.astype(dtype), gathered)
+        residual = target[tokens] - b_dec - _einsum("tk,tkd->td", v.astype(dtype), gathered)
         return residual, _einsum("td,tkd->tk", residual.astype(dtype), gathered)
 
-    residual, along = _by_chunks(chunk, _chunk_size(values, rows), values, ids, target)
+    in_order = _by_chunks(chunk, _chunk_size(values, rows), values[order], ids[order], order)
+    residual, along = jax.tree.map(lambda a: a[order.argsort()], in_order)
     saved = values, ids, places, w_dec, groups, residual, along
     return (mean_square(residual), residual), saved
 
