@@ -341,6 +341,16 @@ def test_two_stage_top_k_is_top_k(groups, rest, k, seed, values):
     np.testing.assert_array_equal(ours[1], theirs[1])
 
 
+@pytest.mark.parametrize("tokens", (1, 63, 64, 100, 3000))
+def test_top_k_in_pieces_is_top_k(tokens):
+    """Ties, infinities and NaN included; 63 rows are one piece, 3000 are 64 of unequal length."""
+    rows = np.random.default_rng(0).integers(-3, 9, (tokens, 40)).astype(np.float32)
+    rows[rows == 8], rows[rows == -3], rows[:, 7] = np.inf, -np.inf, np.nan
+    ours, theirs = selection.top_k(jnp.asarray(rows), 24), JAX_TOP_K(rows, 24)
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    np.testing.assert_array_equal(ours[1], theirs[1])
+
+
 @pytest.mark.parametrize("kind", ("even", "ties", "one token has all", "nothing positive"))
 def test_batch_winners_are_the_largest_of_the_batch(kind):
     rng = np.random.default_rng(0)
