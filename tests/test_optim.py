@@ -10,6 +10,7 @@ from scale_sae_jax.config import OptimConfig, SAEConfig
 from scale_sae_jax.sae import build
 from scale_sae_jax.sae.start import geometric_median, normalise
 from scale_sae_jax.training.optim import (
+    clip,
     is_decoder,
     learning_rate,
     optimiser,
@@ -88,6 +89,18 @@ def test_a_decoder_without_norm_takes_the_plain_adam_step():
     updates, _ = tx.update(grads, tx.init(params), params)
     for name, update in updates.items():  # Adam's first step is -lr * sign(g)
         np.testing.assert_allclose(update, -0.1 * np.sign(grads[name]), rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("limit", (1e-3, 1.0, 1e3))
+def test_clip_is_that_of_optax(limit):
+    gradient = noise(0, start())
+    ours, theirs = (
+        tx.update(gradient, tx.init(gradient))[0]
+        for tx in (clip(limit), optax.clip_by_global_norm(limit))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+    if limit == 1e3:
+        jax.tree.map(np.testing.assert_array_equal, ours, gradient)
 
 
 def test_clip_bounds_the_global_norm_before_adam():

@@ -17,8 +17,7 @@ from scale_sae_jax.sae.shards import Shards
 
 GROUP = 32
 NARROW = 128  # rows of fewer than so many values a winner are not worth two stages
-PIECES = 64
-PIECE_ROWS = 32
+PIECES, PIECE_ROWS = 64, 32  # at most so many, of at least so many rows
 THRESHOLD_DECAY = 0.9
 CHUNK_PAIRS = 512
 
