@@ -120,7 +120,8 @@ def _error_forward(values, ids, places, w_dec, b_dec, target, groups, kernel, dt
         return residual, _einsum("td,tkd->tk", residual.astype(dtype), gathered)
 
     in_order = _by_chunks(chunk, _chunk_size(values, rows), values[order], ids[order], order)
-    residual, along = jax.tree.map(lambda a: a[order.argsort()], in_order)
+    back = order.argsort()
+    residual, along = (result[back] for result in in_order)
     saved = values, ids, places, w_dec, groups, residual, along
     return (mean_square(residual), residual), saved
 
