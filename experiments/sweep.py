@@ -7,7 +7,9 @@ folder of a run, DIR/CELL. Finished cells are skipped, a cell that fails is told
 traceback in DIR/CELL/error.txt), and the same command again goes on. To evaluate a finished cell
 anew, delete its cell.json. DIR/results.csv and .parquet hold a row for each finished cell of the
 grid, with the command that runs it alone. Several processes can run it as one program, as
-experiments.train. Cells of one shape (seeds, say) share compiled programs.
+experiments.train. Cells of one shape (seeds, say) share compiled programs, and with --together=4
+up to four that differ in seed, learning rate and L0 alone train in one step, on one device or
+spread over several; of the time of such a company, each cell is billed its share.
 
 Exit status: 0 done or stopped, 1 if a cell failed, 2 for a user's mistake.
 """
@@ -30,6 +32,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from experiments import command_line
 from experiments.console import Bars
 from scale_sae_jax import sweep
+from scale_sae_jax.company import check_together, company, train_company
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.run import Console, resolved
@@ -51,15 +54,24 @@ def define(argv: list[str]) -> None:
     flags.DEFINE_string("grid", None, "Grid file, with an argument after a colon.")
     flags.DEFINE_string("workdir", None, "Folder of the cells and the results.")
     flags.DEFINE_string("filter", "", "Run cells whose name contains this; a comma is an 'or'.")
+    flags.DEFINE_integer("together", 1, "Train up to so many cells in one step.", lower_bound=1)
     flags.DEFINE_bool("dry_run", False, "List the cells and what they cost, and do nothing.")
     flags.DEFINE_integer("d", 0, "With --dry_run: width of the activations, for the arithmetic.")
     flags.mark_flags_as_required(["grid", "workdir"])
 
 
 def run_cells(
-    chosen: list[sweep.Cell], grid: list[sweep.Cell], workdir: Path, stop: Event, command: list[str]
+    chosen: list[sweep.Cell],
+    grid: list[sweep.Cell],
+    workdir: Path,
+    stop: Event,
+    command: list[str],
+    together: int = 1,
 ) -> list[str]:
     """Runs the chosen cells that are not finished; returns the names of those that failed.
+
+    Args:
+      together: how many cells may train in one step.
 
     Prints a table that grows by a line a cell, and writes the results of the whole grid after
     each. Raises Interrupted when `stop` was set and cells are left.
@@ -69,7 +81,7 @@ def run_cells(
     ran, begin = 0, time.monotonic()
     say(f"{'cell':<{width}}" + "".join(f"{name:>11}" for name, _, _ in COLUMNS) + "       left")
     keys = [sweep.inputs_key(cell.config) for cell in chosen]
-    failed, shared = [], {}
+    failed, shared, tried = [], {}, {}
     processes.lead_alone(lambda: sweep.write_results(grid, workdir, command))
     for number, cell in enumerate(chosen, 1):
         results = sweep.finished(cell, workdir)
@@ -80,6 +92,10 @@ def run_cells(
             label = f"{number}/{len(chosen)} {cell.name}: "
             bars = Bars(label) if processes.leads() else Console()
             try:
+                if together > 1:
+                    train_with_others(
+                        cell, chosen, workdir, stop, bars, shared, together, tried
+                    )
                 results = sweep.run_cell(cell, workdir, stop, bars, shared)
             except Interrupted as stopped:
                 raise Interrupted(f"{cell.name}: {stopped}") from None
@@ -99,6 +115,38 @@ def run_cells(
             say(f"{cell.name:<{width}}{summary(results)}{ends:>11}")
         shared = {key: inputs for key, inputs in shared.items() if key in keys[number:]}
     return failed
+
+
+def train_with_others(
+    cell: sweep.Cell,
+    chosen: list[sweep.Cell],
+    workdir: Path,
+    stop: Event,
+    console: Console,
+    shared: sweep.Shared,
+    most: int,
+    tried: dict[str, Exception | None],
+) -> None:
+    """Trains a cell in company, if there is one for it and it was not tried before.
+
+    Args:
+      tried: by name of a cell, what went wrong in company; the company is added.
+
+    Raises what went wrong, for each cell of a company.
+    """
+    if cell.name not in tried:
+        others = company(cell, chosen, workdir, most)
+        names = [other.name for other in others]
+        tried |= dict.fromkeys(names)
+        try:
+            if others:
+                train_company(others, workdir, stop, console, shared)
+        except Interrupted:
+            raise
+        except Exception as error:
+            tried |= dict.fromkeys(names, error)
+    if error := tried.get(cell.name):
+        raise error
 
 
 @contextlib.contextmanager
@@ -151,6 +199,7 @@ def bill(cells: list[sweep.Cell], width: int) -> str:
 
 
 def main() -> None:
+    check_together(FLAGS.together)
     workdir = Path(FLAGS.workdir)
     grid = [sweep.place(cell, workdir) for cell in sweep.read_grid(FLAGS.grid)]
     chosen = sweep.select(grid, FLAGS.filter)
@@ -168,7 +217,7 @@ def main() -> None:
     command = ["python", "-m", "experiments.sweep", f"--grid={FLAGS.grid}", f"--workdir={workdir}"]
     try:
         with stop_requests() as stop, shared_programs():
-            failed = run_cells(chosen, grid, workdir, stop, command)
+            failed = run_cells(chosen, grid, workdir, stop, command, FLAGS.together)
     except Interrupted as stopped:
         say(f"{stopped}; the same command goes on from there ({workdir})")
         return

@@ -345,4 +345,5 @@ def _bill(workdir: Path) -> dict[str, float | int | None]:
         "tokens_seen": tokens,
         "train_seconds": seconds,
         "tokens_per_second": tokens / max(seconds, 1e-9),
+        "trained_together": lines[-1].get("together", 1),
     }

@@ -164,7 +164,7 @@ def place(here: Cell, workdir: Path) -> Cell:
     """The cell with the store of its activations in `workdir`, by a hash of all that it holds."""
     if here.config.activations.path or not here.config.lm.path:
         return here
-    path = Path(os.path.abspath(workdir / f"activations-{_digest(_source_settings(here.config))}"))
+    path = Path(os.path.abspath(workdir / f"activations-{digest(_source_settings(here.config))}"))
     if path.is_relative_to(Path.cwd()):  # a checkout may be moved with its runs
         path = path.relative_to(Path.cwd())
     activations = dataclasses.replace(here.config.activations, path=str(path))
@@ -175,7 +175,7 @@ def place(here: Cell, workdir: Path) -> Cell:
 
 def inputs_key(config: Config) -> str:
     """Equal for cells that share sources and held-out batches."""
-    return _digest({**_source_settings(config), "eval.tokens": config.eval.tokens})
+    return digest({**_source_settings(config), "eval.tokens": config.eval.tokens})
 
 
 def _source_settings(config: Config) -> dict[str, Any]:
@@ -191,7 +191,8 @@ def _source_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _digest(settings: dict[str, Any]) -> str:
+def digest(settings: dict[str, Any]) -> str:
+    """Twelve digits that other settings do not share."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -226,6 +227,17 @@ def finished(here: Cell, workdir: Path) -> dict[str, Any] | None:
     return record["results"] if same else None
 
 
+def sources_of(
+    here: Cell, workdir: Path, stop: Event, console: Console, shared: Shared
+) -> Sources:
+    """Where a cell's activations come from, opened if `shared` has it not; see `run_cell`."""
+    key = inputs_key(here.config)
+    if key not in shared:
+        check_run(here.config)
+        shared[key] = open_sources(here.config, workdir / here.name, stop, console), {}
+    return shared[key][0]
+
+
 def run_cell(
     here: Cell, workdir: Path, stop: Event, console: Console, shared: Shared
 ) -> dict[str, Any]:
@@ -239,13 +251,11 @@ def run_cell(
     """
     config, folder, key = here.config, workdir / here.name, inputs_key(here.config)
     try:
-        if key not in shared:
-            check_run(config)
-            shared[key] = open_sources(config, folder, stop, console), {}
-        sources, readings = shared[key]
+        sources = sources_of(here, workdir, stop, console, shared)
+        readings = shared[key][1]
 
         def heldout(text: TextConfig) -> Heldout:
-            name = _digest(dataclasses.asdict(text))
+            name = digest(dataclasses.asdict(text))
             if name not in readings:
                 readings[name] = read_heldout(config, text, sources, console)
             return readings[name]
@@ -259,9 +269,7 @@ def run_cell(
     except Interrupted:
         raise
     except Exception:
-        if processes.leads():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "error.txt").write_text(traceback.format_exc())
+        tell_failure(here, workdir)
         raise
 
     def finish() -> None:
@@ -271,6 +279,14 @@ def run_cell(
 
     processes.lead_alone(finish)
     return results
+
+
+def tell_failure(here: Cell, workdir: Path) -> None:
+    """Writes the traceback of the exception at hand to error.txt in the folder of the cell."""
+    if processes.leads():
+        folder = workdir / here.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(traceback.format_exc())
 
 
 def write_results(cells: list[Cell], workdir: Path, command: list[str]) -> None:

@@ -32,12 +32,15 @@ from experiments import sweep as command
 from experiments import table
 from scale_sae_jax import sweep
 from scale_sae_jax.activations.array import ActivationArray
+from scale_sae_jax.company import check_together, company
 from scale_sae_jax.config import Config, TextConfig, to_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.run import Heldout, Sources, open_sources, read_heldout
 from scale_sae_jax.sae import build
 from scale_sae_jax.sweep import axis, cell, product
+from scale_sae_jax.training import together
 from scale_sae_jax.training.interrupts import Interrupted
+from scale_sae_jax.training.metrics import read_lines
 
 TIMES = {"train_seconds", "tokens_per_second", "command"}
 COMMAND = ["python", "-m", "experiments.sweep"]
@@ -373,6 +376,95 @@ def test_the_papers_study_runs_at_a_reduced_size(tmp_path):
     rows = table.read_rows(tmp_path / "study", ["part=error"])
     assert [row["folder"] for row in rows] == ["error-k=32-topk-width-seed=0"]
     assert rows[0]["biomedical_delta_ce"] is not None and rows[0]["total_width"] == 1024
+
+
+# Cells that train together
+
+
+def array_cells(data, points, **overrides):  # noqa: F811
+    """Cells on the array of `data`, by (k, seed)."""
+    small = {
+        "steps": 30, "batch_size": 64, "log_every": 10, "checkpoint_every": 10,
+        "eval.bootstrap": 10, "sae.latents": 64, "sae.experts": 4, "sae.auxk": False,
+    }
+    return [
+        cell({"k": k, "seed": seed}, settings(data / "acts.npy"),
+             {**small, "sae.k": k, "seed": seed, **overrides})
+        for k, seed in points
+    ]
+
+
+def test_who_trains_with_whom(data, tmp_path):  # noqa: F811
+    def names(here, cells, most=3):
+        return [other.name for other in company(here, cells, tmp_path, most)]
+
+    a, b, c, d, e = grid = array_cells(data, [(4, 0), (4, 1), (8, 0), (8, 1), (8, 2)])
+    longer, = array_cells(data, [(4, 9)], steps=31)
+    assert names(a, grid) == ["k=4-seed=0", "k=4-seed=1", "k=8-seed=0"]
+    assert names(a, [a, longer, b]) == ["k=4-seed=0", "k=4-seed=1"]
+    assert names(a, grid, most=1) == names(longer, [*grid, longer]) == names(e, grid) == []
+    for alone in ({"mesh": "data:1,expert:1"}, {"sae.architecture": "topk", "sae.match": "time"}):
+        cells = array_cells(data, [(4, 0), (4, 1)], **alone)
+        assert names(cells[0], cells) == []
+    (tmp_path / b.name / "checkpoints").mkdir(parents=True)  # it was begun alone
+    (tmp_path / c.name).mkdir()
+    finished = {"config": dataclasses.asdict(c.config), "results": {}}
+    (tmp_path / c.name / "cell.json").write_text(json.dumps(finished))
+    assert names(a, grid) == ["k=4-seed=0", "k=8-seed=1", "k=8-seed=2"]
+
+
+def test_cells_together_have_the_results_that_they_have_alone(data, tmp_path, capsys):  # noqa: F811
+    grid = array_cells(data, [(4, 0), (4, 1), (8, 0)])
+    for most in (1, 3):
+        folder = tmp_path / str(most)
+        folder.mkdir()
+        assert command.run_cells(grid, grid, folder, Event(), COMMAND, most) == []
+        assert not list(folder.glob("together-*"))
+    assert "note: k=4-seed=0, k=4-seed=1, k=8-seed=0 train together" in capsys.readouterr().err
+    for alone, ours in zip(*(table.read_rows(tmp_path / f) for f in ("1", "3")), strict=True):
+        assert (alone.pop("trained_together"), ours.pop("trained_together")) == (1, 3)
+        for key in alone.keys() - TIMES:
+            if isinstance(alone[key], float):
+                assert ours[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
+            else:
+                assert ours[key] == alone[key], key
+        assert ours["tokens_seen"] == 30 * 64
+
+
+def test_a_company_that_was_stopped_goes_on_as_it_was(data, tmp_path, monkeypatch):  # noqa: F811
+    grid = array_cells(data, [(4, 0), (4, 1), (8, 0)], steps_per_call=1)
+    broken = tmp_path / "broken"
+    for folder in (tmp_path / "whole", broken):
+        folder.mkdir()
+    command.run_cells(grid, grid, tmp_path / "whole", Event(), COMMAND, 2)
+    original = together.train_together
+
+    def crash(*args):
+        def show(record):
+            if record["step"] == 20:
+                raise MemoryError("too little\nmemory")
+
+        return original(*args[:5], show)
+
+    monkeypatch.setattr("scale_sae_jax.company.train_together", crash)
+    failed = command.run_cells(grid, grid, broken, Event(), COMMAND, 2)
+    assert failed == ["k=4-seed=0", "k=4-seed=1"]  # and the third is done, alone
+    assert [(broken / name / "error.txt").exists() for name in failed] == [True, True]
+    (left,) = broken.glob("together-*")
+    assert json.loads((left / "cells.json").read_text()) == {"cells": failed}
+    monkeypatch.undo()
+    assert command.run_cells(grid, grid, broken, Event(), COMMAND, 3) == []
+    assert not left.exists() and not (broken / failed[0] / "error.txt").exists()
+    for ours, theirs in zip(*map(table.read_rows, (broken, tmp_path / "whole")), strict=True):
+        assert all(ours[key] == theirs[key] for key in ours.keys() - TIMES)
+    lines = read_lines(broken / failed[0] / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 10, 20, 30]
+
+
+def test_cells_do_not_train_together_in_several_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    check_together(1)
+    assert "--together=4" in refusal(lambda: check_together(4))
 
 
 # The table

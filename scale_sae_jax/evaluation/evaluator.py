@@ -28,7 +28,7 @@ from scale_sae_jax.evaluation.flops import forward_flops
 from scale_sae_jax.parallel import processes
 
 WITH_INTERVAL = ("mse", "fvu", "delta_ce", "l0")
-TRAINING_KEYS = ("tokens_seen", "train_seconds", "tokens_per_second")
+TRAINING_KEYS = ("tokens_seen", "train_seconds", "tokens_per_second", "trained_together")
 
 
 @runtime_checkable
@@ -269,7 +269,7 @@ def evaluate(
       lm: the language model to splice into, hashable; None if there is none (an array of
         activations).
       layer: 0-based block whose output the activations are; needed with `lm`.
-      training: `tokens_seen`, `train_seconds`, `tokens_per_second`, copied into the result.
+      training: `TRAINING_KEYS`, copied into the result.
       bootstrap: resamplings of the documents for the 95 % intervals; 0 for none.
       seed: of the resampling and of the shuffle for `expert_mi_null`.
       progress: called after each batch with its number of real tokens (`tqdm.update` fits).

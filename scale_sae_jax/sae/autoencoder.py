@@ -1,5 +1,6 @@
 """The handle users hold: an architecture's module with `params` as an explicit first argument."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from scale_sae_jax.config import SAEConfig
 from scale_sae_jax.errors import UserError
@@ -110,6 +111,13 @@ class Autoencoder:
             total=loss.total + c.orthogonality * variance(x) * term,
             terms=loss.terms | {"orthogonality": term},
         )
+
+    def with_l0(self, l0: Int[Array, ""]) -> "Autoencoder":
+        """The same with an L0 of `l0` <= k, which may be known to the compiled program only.
+
+        Its codes keep their k slots, of which `l0` are used.
+        """
+        return dataclasses.replace(self, module=self.module.copy(l0=l0))
 
     def n_params(self, params: Params) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -31,7 +31,7 @@ class BatchTopKSAE(DictionarySAE):
     def loss(self, x: Float[Array, "T D"], dead: Bool[Array, " L"] | None) -> Loss:
         c = self.config
         acts = jax.nn.relu(self.products(x) + self.b_enc)
-        kept = jnp.where(selection.batch_winners(acts, c.k), acts, 0)
+        kept = jnp.where(selection.batch_winners(acts, c.k, self.l0), acts, 0)
         objective, mse, residual = self.reconstruction(x, kept)
 
         def acts_at(ids):

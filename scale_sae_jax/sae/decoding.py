@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike
 from scale_sae_jax.sae.codes import Codes
 from scale_sae_jax.sae.grouped import grouped_dot, grouped_outer, spread
 from scale_sae_jax.sae.groups import Groups
+from scale_sae_jax.sae.joined import joined
 from scale_sae_jax.sae.kernels import Kernel
 from scale_sae_jax.sae.losses import mean_square
 from scale_sae_jax.sae.shards import Shards
@@ -44,12 +45,16 @@ def decode_rows(
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "T D"]:
     """sum_k values[t, k] * rows[ids[t, k]], with operands rounded to `dtype`, float32 sums."""
-    rounded = rows.astype(dtype)
 
-    def decode(v, i):
-        return _einsum("tk,tkd->td", v.astype(dtype), rounded[i])
+    def decode(values, ids, rows):
+        rounded = rows.astype(dtype)
 
-    return _by_chunks(decode, _chunk_size(values, rows), values, ids)
+        def chunk(v, i):
+            return _einsum("tk,tkd->td", v.astype(dtype), rounded[i])
+
+        return _by_chunks(chunk, _chunk_size(values, rows), values, ids)
+
+    return joined(decode, lambda values, ids, rows: (0, rows.shape[0], 0))(values, ids, rows)
 
 
 def _decode_forward(values, ids, rows, dtype):
@@ -58,13 +63,17 @@ def _decode_forward(values, ids, rows, dtype):
 
 def _decode_backward(dtype, saved, grad):
     values, ids, rows = saved
-    rounded = rows.astype(dtype)
 
-    def values_gradient(i, g):
-        return _einsum("td,tkd->tk", g.astype(dtype), rounded[i])
+    def values_gradient(ids, grad, rows):
+        rounded = rows.astype(dtype)
 
-    d_values = _by_chunks(values_gradient, _chunk_size(values, rows), ids, grad)
-    return d_values, None, scatter_rows(values, ids, grad, rows)
+        def chunk(i, g):
+            return _einsum("td,tkd->tk", g.astype(dtype), rounded[i])
+
+        return _by_chunks(chunk, _chunk_size(values, rows), ids, grad)
+
+    by_rows = joined(values_gradient, lambda ids, grad, rows: (rows.shape[0], 0, 0))
+    return by_rows(ids, grad, rows), None, scatter_rows(values, ids, grad, rows)
 
 
 decode_rows.defvjp(_decode_forward, _decode_backward)
@@ -111,17 +120,23 @@ def _error_forward(values, ids, places, w_dec, b_dec, target, groups, kernel, dt
 
     Goes through the tokens in the order of their first experts: neighbours gather the same rows.
     """
-    rows = _flat(w_dec).astype(dtype)
-    order = groups.rows.reshape(values.shape[0], -1)[:, 0].argsort()
 
-    def chunk(v, i, tokens):
-        gathered = rows[i]  # [C, K, D]
-        residual = target[tokens] - b_dec - _einsum("tk,tkd->td", v.astype(dtype), gathered)
-        return residual, _einsum("td,tkd->tk", residual.astype(dtype), gathered)
+    def in_order(values, ids, order, target, rows):
+        rounded = rows.astype(dtype)
 
-    in_order = _by_chunks(chunk, _chunk_size(values, rows), values[order], ids[order], order)
+        def chunk(v, i, tokens):
+            gathered = rounded[i]  # [C, K, D]
+            residual = target[tokens] - _einsum("tk,tkd->td", v.astype(dtype), gathered)
+            return residual, _einsum("td,tkd->tk", residual.astype(dtype), gathered)
+
+        return _by_chunks(chunk, _chunk_size(values, rows), values[order], ids[order], order)
+
+    tokens, rows = values.shape[0], _flat(w_dec)
+    order = groups.rows.reshape(tokens, -1)[:, 0].argsort()
+    shifts = lambda *_: (0, rows.shape[0], tokens, 0, 0)  # noqa: E731
+    results = joined(in_order, shifts)(values, ids, order, target - b_dec, rows)
     back = order.argsort()
-    residual, along = (result[back] for result in in_order)
+    residual, along = (result[back] for result in results)
     saved = values, ids, places, w_dec, groups, residual, along
     return (mean_square(residual), residual), saved
 
@@ -162,14 +177,18 @@ def scatter_rows(
 ) -> Float[Array, "L D"]:
     """Gradient of `rows`: values[t, k] * grad[t], summed over the tokens and slots of each row."""
 
-    def step(d_rows, chunk):
-        v, i, g = chunk  # [C, K], [C, K], [C, D]
-        return d_rows.at[i].add(v[..., None] * g[:, None, :]), None
+    def scatter(values, ids, grad, rows):
+        def step(d_rows, chunk):
+            v, i, g = chunk  # [C, K], [C, K], [C, D]
+            return d_rows.at[i].add(v[..., None] * g[:, None, :]), None
 
-    size = _chunk_size(values, rows)
-    chunks = tuple(_chunked(array, size) for array in (values, ids, grad))
-    d_rows, _ = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), chunks)
-    return d_rows.astype(rows.dtype)
+        size = _chunk_size(values, rows)
+        chunks = tuple(_chunked(array, size) for array in (values, ids, grad))
+        d_rows, _ = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), chunks)
+        return d_rows.astype(rows.dtype)
+
+    shifts = lambda values, ids, grad, rows: (0, rows.shape[0], 0, 0)  # noqa: E731
+    return joined(scatter, shifts)(values, ids, grad, rows)
 
 
 def _flat(w_dec: Float[Array, "N M D"]) -> Float[Array, "L D"]:

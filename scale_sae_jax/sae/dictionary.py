@@ -23,11 +23,14 @@ from scale_sae_jax.sae.products import rounded_dot
 class DictionarySAE(nn.Module):
     """Parameters: w_enc, w_dec [L, D], b_enc [L], b_dec [D], and scale [], set once at the start.
 
+    With `l0`, that is the L0 asked for, in the place of config.k; see `Autoencoder.with_l0`.
+
     An architecture adds `acts`, the latents of a token at inference, and `loss`.
     """
 
     config: SAEConfig
     width: int
+    l0: Int[Array, ""] | None = None
 
     by_expert = ()  # parameters whose leading axis is that of experts
     sparse_codes = False  # whether a token has k slots; else one for every latent
@@ -56,7 +59,12 @@ class DictionarySAE(nn.Module):
     def start_level(self, x: Float[Array, "T D"], begun: dict[str, Array]) -> Float[Array, " L"]:
         """What each latent's product W_enc z exceeds in its share k / L of the first batch."""
         z = (x - begun["b_dec"]) / begun["scale"]
-        return jnp.quantile(z @ self.w_enc.T, 1 - self.config.k / self.config.latents, axis=0)
+        return jnp.quantile(z @ self.w_enc.T, 1 - self.target / self.config.latents, axis=0)
+
+    @property
+    def target(self) -> Int[Array, ""] | int:
+        """The L0 asked for."""
+        return self.config.k if self.l0 is None else self.l0
 
     @property
     def unit(self) -> Float[Array, ""]:

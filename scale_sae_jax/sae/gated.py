@@ -54,12 +54,12 @@ class GatedSAE(DictionarySAE):
         sparsity = through.sum(-1).mean()
         firing = count_dense(acts)
         l0 = firing.sum() / x.shape[0]
-        weight = sparsity_weight(self.penalty, l0, c.k) * self.unit**2
+        weight = sparsity_weight(self.penalty, l0, self.target) * self.unit**2
         return Loss(
             total=mse + weight * sparsity + auxiliary,
             mse=mse,
             terms={"sparsity": sparsity, "auxiliary": auxiliary, "penalty": self.penalty},
             firing=firing,
             expert_load=one_expert(),
-            tracked={"penalty": steer(self.penalty, l0, c.k, c.penalty_rate)},
+            tracked={"penalty": steer(self.penalty, l0, self.target, c.penalty_rate)},
         )

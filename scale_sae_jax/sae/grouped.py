@@ -3,6 +3,7 @@
 Work and memory grow with the P = T * E pairs, not with the number of experts.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
 from scale_sae_jax.sae.groups import Groups
+from scale_sae_jax.sae.joined import joined
 from scale_sae_jax.sae.kernels import Kernel, Rows
 
 
@@ -30,9 +32,7 @@ def grouped_dot(
 
     The loops of a gradient that nobody asks for are compiled away.
     """
-    rows = _rows(x, groups, dtype)
-    products = kernel.dot(rows, w.astype(dtype), groups, False, kernel.shards)
-    return _by_token(products, x, groups, kernel)
+    return _dot(x, w, groups, kernel, dtype, transposed=False)
 
 
 def _forward(x, w, groups, kernel, dtype):
@@ -41,9 +41,7 @@ def _forward(x, w, groups, kernel, dtype):
 
 def _backward(kernel, dtype, saved, grad):
     x, w, groups = saved
-    rows = _rows(grad, groups, dtype)
-    d_rows = kernel.dot(rows, w.astype(dtype), groups, True, kernel.shards)
-    d_x = _by_token(d_rows, x, groups, kernel)
+    d_x = _dot(grad, w, groups, kernel, dtype, transposed=True)
     d_x = d_x.sum(1) if x.ndim == 2 else d_x
     d_w = grouped_outer(x, grad, groups, kernel, dtype)
     return d_x.astype(x.dtype), d_w.astype(w.dtype), None
@@ -60,7 +58,12 @@ def grouped_outer(
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "N A B"]:
     """sum of x_t^T y_t over the tokens t of each expert; arguments as for `grouped_dot`."""
-    return kernel.outer(_rows(x, groups, dtype), _rows(y, groups, dtype), groups, kernel.shards)
+
+    def outer(x, y, groups):
+        rows = _rows(x, groups, dtype), _rows(y, groups, dtype)
+        return kernel.outer(*rows, groups, kernel.shards)
+
+    return _over_cells(outer, kernel)(x, y, groups)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -113,6 +116,24 @@ def spread(
     zero = jnp.isnan(values[0, 0]).astype(values.dtype)
     zeros = jnp.broadcast_to(zero, (values.shape[0], width))
     return zeros.at[jnp.arange(values.shape[0])[:, None], places].add(values)
+
+
+def _dot(
+    x: Array, w: Array, groups: Groups, kernel: Kernel, dtype: DTypeLike, transposed: bool
+) -> Float[Array, "T E B"]:
+    def dot(x, w, groups):
+        rows = _rows(x, groups, dtype)
+        products = kernel.dot(rows, w.astype(dtype), groups, transposed, kernel.shards)
+        return _by_token(products, x, groups, kernel)
+
+    return _over_cells(dot, kernel)(x, w, groups)
+
+
+def _over_cells(function: Callable[..., Array], kernel: Kernel) -> Callable[..., Array]:
+    """The function of two arrays and their groups, as one call under `jax.vmap`."""
+    if kernel.plain or kernel.shards > 1:  # pairs elsewhere would come between those of the calls
+        return function
+    return joined(function, lambda left, right, groups: (0, 0, groups.shifts))
 
 
 def _rows(x: Array, groups: Groups, dtype: DTypeLike) -> Rows:

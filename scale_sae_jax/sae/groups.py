@@ -31,6 +31,12 @@ class Groups(NamedTuple):
         """E, the pairs of each of all `tokens`."""
         return self.pairs.size // tokens
 
+    @property
+    def shifts(self) -> "Groups":
+        """What numbers grow by from one group of pairs to another put at its end; see `joined`."""
+        pairs, experts = self.pairs.size, self.sizes.size
+        return Groups(pairs=pairs, rows=pairs, experts=experts, sizes=0)
+
 
 def group(experts: Int[Array, "T E"], n_experts: int) -> Groups:
     """Sorts the pairs by expert; pairs of one expert stay in the order of their tokens.

@@ -110,13 +110,14 @@ class JumpReLUSAE(DictionarySAE):
         l0 = firing.sum() / x.shape[0]
         if c.l0_loss == "quadratic":
             weight = jax.lax.stop_gradient(self.penalty)
-            sparsity = jnp.square(fires(pre, threshold, c.bandwidth).sum(-1).mean() / c.k - 1)
+            count = fires(pre, threshold, c.bandwidth).sum(-1).mean()
+            sparsity = jnp.square(count / self.target - 1)
             after = self.penalty
         else:
             strength = TANH_SLOPE * acts * jnp.linalg.norm(self.w_dec, axis=-1)
-            sparsity = jnp.tanh(strength).sum(-1).mean() / c.k
-            weight = sparsity_weight(self.penalty, l0, c.k)
-            after = steer(self.penalty, l0, c.k, c.penalty_rate)
+            sparsity = jnp.tanh(strength).sum(-1).mean() / self.target
+            weight = sparsity_weight(self.penalty, l0, self.target)
+            after = steer(self.penalty, l0, self.target, c.penalty_rate)
         return Loss(
             total=mse + weight * self.width * self.unit**2 * sparsity,
             mse=mse,

@@ -39,7 +39,8 @@ class Kernel(NamedTuple):
 
     shards: devices that the experts of these pairs lie on, so that the run of one is so much
     shorter than pairs and experts here say. gathered_row, scattered_row: gathering a decoder row to
-    multiply by it, or adding to one, takes as long as multiplying by so many of them.
+    multiply by it, or adding to one, takes as long as multiplying by so many of them. plain:
+    whether all rows are those of one expert.
     """
 
     dot: Callable[[Rows, Array, Groups, bool, int], Array]
@@ -47,6 +48,7 @@ class Kernel(NamedTuple):
     gathered_row: int
     scattered_row: int
     shards: int = 1
+    plain: bool = False
 
 
 class Tiles(NamedTuple):
@@ -114,6 +116,7 @@ def _loop_dot(
 
 
 def _loop_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Float[Array, "N A B"]:
+    """Both sides are 0 beyond a run: a product with 0 alone would let a NaN through."""
     experts, pairs = groups.sizes.size, groups.pairs.size
     size = tile_rows(pairs, experts * shards)
     tiles = cut(groups.sizes, pairs, size)
@@ -121,7 +124,7 @@ def _loop_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Flo
     def body(t, out):
         place = tiles.start[t] + jnp.arange(size)
         inside = (place < tiles.stop[t])[:, None]
-        product = _outer(left.at(place), jnp.where(inside, right.at(place), 0))
+        product = _outer(*(jnp.where(inside, rows.at(place), 0) for rows in (left, right)))
         return out.at[tiles.expert[t]].add(product)
 
     out = jnp.zeros((experts, left.array.shape[1], right.array.shape[1]), jnp.float32)
@@ -147,8 +150,8 @@ def _tiles_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Fl
     tiles = cut(groups.sizes, pairs, size)
     place = tiles.start[:, None] + jnp.arange(size)  # [B, R]
     exists = jnp.arange(tiles.start.size) < tiles.used
-    inside = (place < tiles.stop[:, None]) & exists[:, None]
-    products = _outer(left.at(place), jnp.where(inside[..., None], right.at(place), 0))
+    inside = ((place < tiles.stop[:, None]) & exists[:, None])[..., None]
+    products = _outer(*(jnp.where(inside, rows.at(place), 0) for rows in (left, right)))
     out = jnp.zeros((experts, *products.shape[1:]), jnp.float32)
     return out.at[tiles.expert].add(products, indices_are_sorted=True)
 
@@ -204,4 +207,4 @@ def choose(name: str, shards: int = 1) -> Kernel:
 
 def one_expert(name: str) -> Kernel:
     """The kernel for one expert that takes all tokens in their order: plain products."""
-    return choose(name)._replace(dot=_one_expert_dot, outer=_one_expert_outer)
+    return choose(name)._replace(dot=_one_expert_dot, outer=_one_expert_outer, plain=True)

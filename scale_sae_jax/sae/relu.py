@@ -42,12 +42,12 @@ class ReLUSAE(DictionarySAE):
         sparsity = (acts * jnp.linalg.norm(self.w_dec, axis=-1)).sum(-1).mean()
         firing = count_dense(acts)
         l0 = firing.sum() / x.shape[0]
-        weight = sparsity_weight(self.penalty, l0, c.k) * self.unit**2
+        weight = sparsity_weight(self.penalty, l0, self.target) * self.unit**2
         return Loss(
             total=mse + weight * sparsity,
             mse=mse,
             terms={"sparsity": sparsity, "penalty": self.penalty},
             firing=firing,
             expert_load=one_expert(),
-            tracked={"penalty": steer(self.penalty, l0, c.k, c.penalty_rate)},
+            tracked={"penalty": steer(self.penalty, l0, self.target, c.penalty_rate)},
         )

@@ -47,6 +47,8 @@ class ScaleSAE(nn.Module):
     batches instead of a gradient: threshold [] of scope 'batch', and balance [N] where
     `balance_rate` is set.
 
+    With `l0`, so many of the k slots of a token are used; see `Autoencoder.with_l0`.
+
     With `shards`, methods run on each device of a mesh, inside `jax.shard_map`: on T of the batch's
     tokens, and with N / shards.expert of the experts in the parameters `by_expert`.
     """
@@ -57,6 +59,7 @@ class ScaleSAE(nn.Module):
     config: SAEConfig
     width: int
     shards: Shards = Shards()
+    l0: Int[Array, ""] | None = None
 
     def setup(self):
         c, d = self.config, self.width
@@ -224,13 +227,22 @@ class ScaleSAE(nn.Module):
         """The slots of the latents that survive, by `topk_scope`."""
         c, acts = self.config, jax.lax.stop_gradient(acts)
         if c.topk_scope == "token":
-            return self.slots(selection.per_token(acts, c.k, row.groups, self.shards), row)
+            slots = self.slots(selection.per_token(acts, c.k, row.groups, self.shards), row)
+            return self.fewer(slots, runs=1)
         if c.topk_scope == "expert":
-            return self.slots(selection.per_expert(acts, c.k), row)
+            return self.fewer(self.slots(selection.per_expert(acts, c.k), row), runs=c.active)
         flat = acts.reshape(acts.shape[0], -1)
         if training:
-            return self.every_slot(selection.per_batch(flat, c.k, self.shards), row)
+            kept = selection.per_batch(flat, c.k, self.shards, self.l0)
+            return self.every_slot(kept, row)
         return self.every_slot(flat > self.threshold, row)
+
+    def fewer(self, slots: Slots, runs: int) -> Slots:
+        """Of k slots, in as many runs of falling value, those of the first `l0`."""
+        if self.l0 is None:
+            return slots
+        rank = jnp.arange(self.config.k) % (self.config.k // runs)
+        return slots._replace(kept=slots.kept & (rank < self.l0 // runs))
 
     def revived(self, acts: Float[Array, "R E M"], dead: Bool[Array, " L"], row: Row) -> Slots:
         """Slots of the largest dead latents of each token (AuxK, arXiv 2406.04093, appendix A.2).

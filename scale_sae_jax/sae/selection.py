@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from scale_sae_jax.sae.groups import Groups
+from scale_sae_jax.sae.joined import joined
 from scale_sae_jax.sae.shards import Shards
 
 GROUP = 32
@@ -63,11 +64,19 @@ def _top_k_of_rows(
         last = jnp.where(jnp.isnan(values), width - 1, width)
         return values, jnp.minimum(ids, last)
 
-    return jax.lax.platform_dependent(values, cpu=in_pieces, default=whole)
+    def on_platform(values):
+        return jax.lax.platform_dependent(values, cpu=in_pieces, default=whole)
+
+    return joined(on_platform, lambda values: (0,))(values)
 
 
-def batch_winners(acts: Float[Array, "T W"], k: int) -> Bool[Array, "T W"]:
+def batch_winners(
+    acts: Float[Array, "T W"], k: int, l0: Int[Array, ""] | None = None
+) -> Bool[Array, "T W"]:
     """Marks the k * T largest values > 0 of the batch; a tie goes to the lower token, then place.
+
+    Args:
+      l0: marks the l0 * T largest; at most k.
 
     Looks for them among the 4 k largest of each token. Only if all of those win in some token,
     which may have still more, the whole batch is searched.
@@ -75,9 +84,10 @@ def batch_winners(acts: Float[Array, "T W"], k: int) -> Bool[Array, "T W"]:
     acts = jax.lax.stop_gradient(acts)
     tokens, width = acts.shape
     slots = min(4 * k, width)
+    win = jnp.arange(k * tokens) < (k if l0 is None else l0) * tokens
 
     def mark(places: Int[Array, " P"]) -> Bool[Array, "T W"]:
-        return jnp.zeros(acts.size, bool).at[places].set(True).reshape(acts.shape)
+        return jnp.zeros(acts.size, bool).at[places].set(win).reshape(acts.shape)
 
     def among_all() -> Bool[Array, "T W"]:
         return mark(jax.lax.top_k(acts.reshape(-1), k * tokens)[1])
@@ -86,9 +96,11 @@ def batch_winners(acts: Float[Array, "T W"], k: int) -> Bool[Array, "T W"]:
         return among_all() & (acts > 0)
     values, ids = top_k(acts, slots)
     _, winners = jax.lax.top_k(values.reshape(-1), k * tokens)
-    all_of_a_token = ((winners % slots == slots - 1) & (values.reshape(-1)[winners] > 0)).any()
+    last_of_a_token = (winners % slots == slots - 1) & (values.reshape(-1)[winners] > 0)
     places = (ids + width * jnp.arange(tokens)[:, None]).reshape(-1)[winners]
-    return jax.lax.cond(all_of_a_token, among_all, lambda: mark(places)) & (acts > 0)
+    return jax.lax.cond(
+        (last_of_a_token & win).any(), among_all, lambda: mark(places)
+    ) & (acts > 0)
 
 
 def batch_winners_of_all(
@@ -182,8 +194,17 @@ def per_expert(acts: Float[Array, "T E M"], k: int) -> Int[Array, "T K"]:
     return (latents + size * jnp.arange(active)[:, None]).reshape(tokens, k)
 
 
-def per_batch(acts: Float[Array, "R W"], k: int, shards: Shards = Shards()) -> Bool[Array, "R W"]:
-    """Marks the k * T largest latents of the batch (BatchTopK, arXiv 2412.06410)."""
+def per_batch(
+    acts: Float[Array, "R W"],
+    k: int,
+    shards: Shards = Shards(),
+    l0: Int[Array, ""] | None = None,
+) -> Bool[Array, "R W"]:
+    """Marks the k * T largest latents of the batch (BatchTopK, arXiv 2412.06410).
+
+    Args:
+      l0: see `batch_winners`; for one device.
+    """
     if shards.data * shards.expert == 1:
-        return batch_winners(acts, k)
+        return batch_winners(acts, k, l0)
     return batch_winners_of_all(acts, k * acts.shape[0] * shards.data, shards)

@@ -23,7 +23,10 @@ def one_expert() -> Float[Array, " N"]:
 
 
 def steer(
-    penalty: Float[Array, ""], l0: Float[Array, ""], target: int, rate: float
+    penalty: Float[Array, ""],
+    l0: Float[Array, ""],
+    target: int | Int[Array, ""],
+    rate: float,
 ) -> Float[Array, ""]:
     """The penalty for the next batch: larger while more than `target` latents a token fire.
 
@@ -34,7 +37,7 @@ def steer(
 
 
 def sparsity_weight(
-    penalty: Float[Array, ""], l0: Float[Array, ""], target: int
+    penalty: Float[Array, ""], l0: Float[Array, ""], target: int | Int[Array, ""]
 ) -> Float[Array, ""]:
     """penalty (l0 / target)^3, a constant: the weight of sparsity in this batch.
 

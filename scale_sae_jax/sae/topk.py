@@ -5,6 +5,7 @@ alone.
 """
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from scale_sae_jax.sae import kernels, selection
@@ -40,7 +41,8 @@ class TopKSAE(DictionarySAE):
 
     def winners(self, acts, acts_at) -> Codes:
         ids = selection.top_k(acts, self.config.k)[1]
-        return Codes(acts_at(ids) * self.unit, ids)
+        used = jnp.arange(self.config.k) < self.target
+        return Codes(jnp.where(used, acts_at(ids), 0) * self.unit, ids)
 
     def loss(self, x: Float[Array, "T D"], dead: Bool[Array, " L"] | None) -> Loss:
         acts, acts_at = self.latents(x)

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from scale_sae_jax.errors import UserError
@@ -50,10 +51,13 @@ class Checkpoints:
         return min(ranked, key=lambda c: c.metrics["fvu"]).step if ranked else None
 
     def save(self, state: TrainState) -> None:
-        """Copies the state to the host and writes it in the background."""
+        """Copies the state to the host and writes it in the background.
+
+        Of several autoencoders in one state, the mean FVU ranks it.
+        """
         if self._pending is not None:
             self._pending.result()
-        step, fvu = int(state.step), float(state.fvu)
+        step, fvu = int(state.step), float(np.nanmean(state.fvu))
         self._pending = self._orbax.save_async(step, state, force=True, metrics={"fvu": fvu})
 
     def restore(self, step: int, target: TrainState) -> TrainState:

@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float32
 
 from scale_sae_jax.activations.batches import batch_ids
 from scale_sae_jax.config import Config
@@ -81,50 +82,80 @@ def train(
     rate = schedule(config.optim, sae.latents, config.steps)
     layout = state.layout(sae, tx, config.optim, mesh)
     everywhere = NamedSharding(mesh, EVERYWHERE)
-    steps_fn = make_steps(sae, tx, rate, sae.config.dead_after, (layout, everywhere))
-    mean = np.asarray(activations.mean)
-
+    create = partial(state.create, sae, tx, config.optim, config.seed)
+    program = Program(
+        read=partial(read_batches, config, activations, mesh),
+        on_devices=isinstance(activations, OnDevices),
+        create=jax.jit(lambda x: create(x[0]), out_shardings=layout),
+        abstract=state.abstract(sae, tx, config.optim, mesh),
+        steps=make_steps(sae, tx, rate, sae.config.dead_after, (layout, everywhere)),
+    )
+    records = Records(config, workdir, show)
     with Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
-        start = checkpoints.latest
-        if start is None:
-            create = partial(state.create, sae, tx, config.optim, config.seed)
-            first = _read_batches(config, activations, mesh, 0, 1, 1)
-            now = jax.jit(lambda x: create(x[0]), out_shardings=layout)(first)
-        else:
-            now = checkpoints.restore(start, state.abstract(sae, tx, config.optim, mesh))
-        start = int(now.step)
-        kept = metrics.keep_until(workdir / "metrics.jsonl", start) if processes.leads() else []
-        last = kept[-1] if kept else {}
-        clock = _Clock(start, last.get("seconds", 0.0), config.batch_size)
-
-        with contextlib.ExitStack() as stack:
-            write = lambda record: None  # noqa: E731
-            if processes.leads():
-                settings = dataclasses.asdict(config) if config.wandb else None
-                write = stack.enter_context(metrics.MetricsWriter(workdir, start, settings)).write
-            batches = _read_ahead(config, activations, mesh, start)
-            for step, n, x in batches:
-                now, values = steps_fn(now, x, n, mean)
-                finished = step == config.steps
-                stopping = processes.any_of(stop.is_set())
-                if step % config.log_every == 0 or step == 1 or finished or stopping:
-                    _refuse_bad(now, checkpoints)
-                    last = {"step": step, **clock.read(step)}
-                    last |= {name: float(value) for name, value in values.items()}
-                    if step % config.log_every == 0 or step == 1 or finished:
-                        write(last)
-                    show(last)
-                due = config.checkpoint_every and step % config.checkpoint_every == 0
-                if due or finished or stopping:
-                    _refuse_bad(now, checkpoints)
-                    checkpoints.save(now)
-                if stopping:
-                    break
-            batches.close()
-    return Summary(sae, int(now.step), int(now.step) >= config.steps, last, now)
+        now = follow(program, config, np.asarray(activations.mean), checkpoints, [records], stop)
+    return Summary(sae, int(now.step), int(now.step) >= config.steps, records.last, now)
 
 
-def _read_batches(
+class Program(NamedTuple):
+    """Training as functions, of one autoencoder or of several in one state.
+
+    read(first, last, room): the batches of steps first ... last - 1, see `read_batches`.
+    on_devices: whether reading them is work of the devices.
+    create(batches): the state before the first step. abstract: what it is restored as.
+    steps(state, batches, n, mean): as `make_steps` returns it.
+    """
+
+    read: Callable[[int, int, int], jax.Array]
+    on_devices: bool
+    create: Callable[[jax.Array], state.TrainState]
+    abstract: state.TrainState
+    steps: Callable[..., tuple[state.TrainState, Any]]
+
+
+def follow(
+    program: Program,
+    config: Config,
+    mean: Float32[np.ndarray, " D"],
+    checkpoints: Checkpoints,
+    records: list["Records"],
+    stop: Event,
+) -> state.TrainState:
+    """From the newest checkpoint to `config.steps`, or until `stop` is set; returns the last state.
+
+    Args:
+      records: one for each autoencoder.
+    """
+    start = checkpoints.latest
+    if start is None:
+        now = program.create(program.read(0, 1, 1))
+    else:
+        now = checkpoints.restore(start, program.abstract)
+    start = int(now.step)
+    with contextlib.ExitStack() as stack:
+        for own in records:
+            stack.enter_context(own.writing(start, len(records)))
+        batches = _read_ahead(program, config, start)
+        for step, n, x in batches:
+            now, values = program.steps(now, x, n, mean)
+            finished = step == config.steps
+            stopping = processes.any_of(stop.is_set())
+            kept = step % config.log_every == 0 or step == 1 or finished
+            if kept or stopping:
+                _refuse_bad(now, checkpoints)
+                values = {name: np.atleast_1d(value) for name, value in values.items()}
+                for place, own in enumerate(records):
+                    own.take(step, {name: float(v[place]) for name, v in values.items()}, kept)
+            due = config.checkpoint_every and step % config.checkpoint_every == 0
+            if due or finished or stopping:
+                _refuse_bad(now, checkpoints)
+                checkpoints.save(now)
+            if stopping:
+                break
+        batches.close()
+    return now
+
+
+def read_batches(
     config: Config, activations: Activations, mesh: Mesh, first: int, last: int, room: int
 ) -> jax.Array:
     """The batches [room, T, D] of steps first ... last - 1, split over the mesh; zeros after them.
@@ -148,7 +179,7 @@ def _read_batches(
 
 
 def _read_ahead(
-    config: Config, activations: Activations, mesh: Mesh, start: int
+    program: Program, config: Config, start: int
 ) -> Iterator[tuple[int, int, jax.Array]]:
     """(last step, n, batches [C, T, D]) for the remaining steps, n at a time.
 
@@ -157,10 +188,10 @@ def _read_ahead(
     """
 
     def read(first: int, last: int) -> jax.Array:
-        return _read_batches(config, activations, mesh, first, last, config.steps_per_call)
+        return program.read(first, last, config.steps_per_call)
 
     calls = list(_calls(config, start))
-    if isinstance(activations, OnDevices):
+    if program.on_devices:
         yield from ((last, last - first, read(first, last)) for first, last in calls)
         return
     if not calls:
@@ -184,10 +215,11 @@ def _calls(config: Config, start: int) -> Iterator[tuple[int, int]]:
 
 
 def _refuse_bad(now: state.TrainState, checkpoints: Checkpoints) -> None:
-    """Raises UserError if any step so far was not finite. Waits for the device."""
-    bad = int(now.bad_step)
-    if bad < 0:
+    """Raises UserError if no autoencoder was finite in all steps so far. Waits for the device."""
+    first = np.atleast_1d(now.bad_step)
+    if (first < 0).any():
         return
+    bad = int(first.max())
     good = checkpoints.latest
     kept = "there is no checkpoint before it" if good is None else f"checkpoint {good} is kept"
     raise UserError(
@@ -196,16 +228,53 @@ def _refuse_bad(now: state.TrainState, checkpoints: Checkpoints) -> None:
     )
 
 
-class _Clock:
-    """Training time over all sessions of a run, and the speed since the last reading."""
+class Records:
+    """The records of one run: metrics.jsonl and the other sinks, and what is shown.
 
-    def __init__(self, step: int, seconds: float, batch_size: int):
-        self._batch_size = batch_size
-        self._begin = time.perf_counter() - seconds
+    last: the newest one.
+    """
+
+    def __init__(self, config: Config, workdir: Path, show: Callable[[dict[str, Any]], None]):
+        self._config, self._workdir, self._show = config, workdir, show
+        self.last: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def writing(self, start: int, together: int) -> Iterator[None]:
+        """Goes on after step `start`. Of the time, the run's share among `together` counts."""
+        self._write = lambda record: None
+        self._shared = {"together": together} if together > 1 else {}
+        with contextlib.ExitStack() as stack:
+            if processes.leads():
+                kept = metrics.keep_until(self._workdir / "metrics.jsonl", start)
+                self.last = kept[-1] if kept else {}
+                settings = dataclasses.asdict(self._config) if self._config.wandb else None
+                writer = metrics.MetricsWriter(self._workdir, start, settings)
+                self._write = stack.enter_context(writer).write
+            seconds = self.last.get("seconds", 0.0)
+            self._clock = _Clock(start, seconds, self._config.batch_size, together)
+            yield
+
+    def take(self, step: int, values: dict[str, float], kept: bool) -> None:
+        """The values after a step, which are shown, and kept if so."""
+        self.last = {"step": step, **self._clock.read(step), **self._shared, **values}
+        if kept:
+            self._write(self.last)
+        self._show(self.last)
+
+
+class _Clock:
+    """Training time over all sessions of a run, and the speed since the last reading.
+
+    Of runs that train together, each takes an even share of the time.
+    """
+
+    def __init__(self, step: int, seconds: float, batch_size: int, together: int):
+        self._batch_size, self._together = batch_size, together
+        self._before, self._begin = seconds, time.perf_counter()
         self._step, self._seconds = step, seconds
 
     def read(self, step: int) -> dict[str, int | float]:
-        seconds = time.perf_counter() - self._begin
+        seconds = self._before + (time.perf_counter() - self._begin) / self._together
         speed = (step - self._step) * self._batch_size / max(seconds - self._seconds, 1e-9)
         self._step, self._seconds = step, seconds
         tokens = step * self._batch_size

@@ -7,6 +7,7 @@ the update that Adam proposes is replaced by the step to the normalised point af
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from scale_sae_jax.config import OptimConfig
 from scale_sae_jax.sae.start import normalise
@@ -17,9 +18,15 @@ def learning_rate(config: OptimConfig, latents: int) -> float:
     return config.lr or 2e-4 / (latents / 2**14) ** 0.5
 
 
-def schedule(config: OptimConfig, latents: int, steps: int) -> optax.Schedule:
-    """Linear warm-up, constant, then linear to 0 over the last `decay` of the steps."""
-    peak = learning_rate(config, latents)
+def schedule(
+    config: OptimConfig, latents: int, steps: int, peak: Float[Array, ""] | None = None
+) -> optax.Schedule:
+    """Linear warm-up, constant, then linear to 0 over the last `decay` of the steps.
+
+    Args:
+      peak: the constant, where it is not `learning_rate` but known to the compiled program only.
+    """
+    peak = learning_rate(config, latents) if peak is None else peak
     warmup, decay = round(config.warmup * steps), round(config.decay * steps)
 
     def rate(step):
@@ -31,14 +38,22 @@ def schedule(config: OptimConfig, latents: int, steps: int) -> optax.Schedule:
 
 
 def optimiser(
-    config: OptimConfig, latents: int, steps: int, decoder_norm: str
+    config: OptimConfig,
+    latents: int,
+    steps: int,
+    decoder_norm: str,
+    peak: Float[Array, ""] | None = None,
 ) -> optax.GradientTransformation:
-    """Clip by global norm, project the decoder's gradient, Adam, learning rate, renormalise."""
+    """Clip by global norm, project the decoder's gradient, Adam, learning rate, renormalise.
+
+    Args:
+      peak: see `schedule`.
+    """
     return optax.chain(
         clip(config.clip) if config.clip else optax.identity(),
         optax.masked(tangent(), is_decoder) if decoder_norm != "none" else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.scale_by_learning_rate(schedule(config, latents, steps)),
+        optax.scale_by_learning_rate(schedule(config, latents, steps, peak)),
         optax.masked(retract(decoder_norm), is_decoder),
     )
 

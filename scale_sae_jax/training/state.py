@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from scale_sae_jax.config import OptimConfig
 from scale_sae_jax.parallel.mesh import EVERYWHERE, ON_EXPERTS, make_mesh, param_specs, placed
@@ -34,7 +34,7 @@ def create(
     sae: Autoencoder,
     tx: optax.GradientTransformation,
     config: OptimConfig,
-    seed: int | Int[Array, ""],
+    seed: int | Integer[Array, ""],
     first_batch: Float[Array, "T D"] | None = None,
 ) -> TrainState:
     """The state before the first step, in the dtypes that `config` keeps it in.

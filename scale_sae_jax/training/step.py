@@ -35,24 +35,37 @@ def make_steps(
     Args:
       shardings: of the new state and of the metrics; left to XLA if not given.
     """
-    step = make_step(sae, tx, rate, dead_after)
-
-    def steps(state: TrainState, batches: Array, n: Array, mean: Array):
-        nothing = jax.eval_shape(step, state, batches[0], mean)[1]
-        metrics = jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), nothing)
-
-        def body(i, carry):
-            return step(carry[0], batches[i], mean)
-
-        return jax.lax.fori_loop(0, n, body, (state, metrics))
-
+    steps = repeated(make_step(sae, tx, rate, dead_after))
     return jax.jit(steps, donate_argnums=0, out_shardings=shardings)
 
 
+def repeated(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable[..., Any]:
+    """(state, batches [C, ...], n, *rest): step(state, batch, *rest) on the first n batches."""
+
+    def steps(state: TrainState, batches: Array, n: Array, *rest: Any):
+        nothing = jax.eval_shape(step, state, batches[0], *rest)[1]
+        metrics = jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), nothing)
+
+        def body(i, carry):
+            return step(carry[0], batches[i], *rest)
+
+        return jax.lax.fori_loop(0, n, body, (state, metrics))
+
+    return steps
+
+
 def make_step(
-    sae: Autoencoder, tx: optax.GradientTransformation, rate: optax.Schedule, dead_after: int
+    sae: Autoencoder,
+    tx: optax.GradientTransformation,
+    rate: optax.Schedule,
+    dead_after: int,
+    together: str = "",
 ) -> Callable[[TrainState, Array, Array], tuple[TrainState, Metrics]]:
     """The step (state, x [T, D], mean [D]) -> (state, metrics).
+
+    Args:
+      together: name of the axis of a `jax.vmap` around the step. Latents are revived in all of its
+        autoencoders, if any has a dead one: a condition of each would take both ways for all.
 
     `mean` is the mean activation of the training stream, the reference of FVU. `dead_after` is in
     tokens. Metrics describe the batch before the update: loss and its terms, fvu, l0, dead (share
@@ -72,8 +85,9 @@ def make_step(
             return jax.value_and_grad(objective, has_aux=True)(params)
 
         if sae.revives:
+            any_dead = jax.lax.pmax(dead.any(), together) if together else dead.any()
             (total, loss), grads = jax.lax.cond(
-                dead.any(), lambda p: gradient(p, dead), lambda p: gradient(p, None), before
+                any_dead, lambda p: gradient(p, dead), lambda p: gradient(p, None), before
             )
         else:
             (total, loss), grads = gradient(before, None)
