@@ -1,6 +1,7 @@
 """Grids of runs as plain data: their cells, one folder a cell, and one row of results a cell.
 
     DIR/CELL/ (the folder of a run)  DIR/activations-HASH/  DIR/results.csv  DIR/results.parquet
+    DIR/matched-HASH.json (a width)
 
 A grid is a Python file with `get_grid(arg)`, which returns a list of `cell(...)`. Cells that read
 the same activations share one store, and inside a process one model and one held-out reading.
@@ -42,6 +43,7 @@ from scale_sae_jax.run import (
     read_heldout,
     resolved,
     run,
+    sized,
 )
 from scale_sae_jax.sae.presets import preset
 from scale_sae_jax.sae.registry import build
@@ -260,6 +262,7 @@ def run_cell(
                 readings[name] = read_heldout(config, text, sources, console)
             return readings[name]
 
+        _share_match(here, workdir, sources.train.d)
         results = run(config, folder, stop, console, sources, heldout(config.text))
         for name, text in here.texts.items():
             sae, params = load(folder)
@@ -279,6 +282,28 @@ def run_cell(
 
     processes.lead_alone(finish)
     return results
+
+
+def _share_match(here: Cell, workdir: Path, width: int) -> None:
+    """Lets cells that differ in their seed alone have one width matched by time: matched-HASH.json.
+
+    Measured for each of them, its noise would pass for that of the seeds.
+    """
+    config, own = here.config, workdir / here.name / "matched.json"
+    if config.sae.match != "time":
+        return
+    asked = {"width": width, "batch_size": config.batch_size, **dataclasses.asdict(config.sae)}
+    shared = workdir / f"matched-{digest(asked)}.json"
+
+    def copy(source: Path, target: Path) -> None:
+        if source.exists() and not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            folders.write_json(target, folders.read_json(source, "a grid matched by time"))
+
+    processes.lead_alone(lambda: copy(shared, own))
+    own.parent.mkdir(exist_ok=True)
+    sized(config, own.parent, width)
+    processes.lead_alone(lambda: copy(own, shared))
 
 
 def tell_failure(here: Cell, workdir: Path) -> None:

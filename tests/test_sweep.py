@@ -378,6 +378,21 @@ def test_the_papers_study_runs_at_a_reduced_size(tmp_path):
     assert rows[0]["biomedical_delta_ce"] is not None and rows[0]["total_width"] == 1024
 
 
+def test_seeds_share_a_width_that_is_matched_by_time(data, tmp_path, monkeypatch):  # noqa: F811
+    asked = []
+
+    def measure(config, width, batch_size):
+        asked.append((config.k, width, batch_size))
+        return 64 + 64 * len(asked)
+
+    monkeypatch.setattr("scale_sae_jax.run.equal_time_latents", measure)
+    time = {"sae.architecture": "topk", "sae.match": "time"}
+    grid = array_cells(data, [(4, 0), (4, 1), (8, 0), (4, 2)], **time)
+    assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
+    assert asked == [(4, 16, 64), (8, 16, 64)]
+    assert [row["total_width"] for row in table.read_rows(tmp_path)] == [128, 128, 192, 128]
+
+
 # Cells that train together
 
 

@@ -10,6 +10,7 @@ see, 0 at experts that lie elsewhere; E * m is the place of a winner that lies e
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from scale_sae_jax.sae.groups import Groups
@@ -79,28 +80,31 @@ def batch_winners(
       l0: marks the l0 * T largest; at most k.
 
     Looks for them among the 4 k largest of each token. Only if all of those win in some token,
-    which may have still more, the whole batch is searched.
+    which may have still more, the whole batch is searched. Under `jax.vmap` batches are taken one
+    after the other, for together all would be searched whole.
     """
-    acts = jax.lax.stop_gradient(acts)
     tokens, width = acts.shape
-    slots = min(4 * k, width)
-    win = jnp.arange(k * tokens) < (k if l0 is None else l0) * tokens
+    slots, most = min(4 * k, width), (k if l0 is None else l0) * tokens
 
-    def mark(places: Int[Array, " P"]) -> Bool[Array, "T W"]:
-        return jnp.zeros(acts.size, bool).at[places].set(win).reshape(acts.shape)
+    def winners(acts: Float[Array, "T W"], most: Int[Array, ""]) -> Bool[Array, "T W"]:
+        wins = jnp.arange(k * tokens) < most
 
-    def among_all() -> Bool[Array, "T W"]:
-        return mark(jax.lax.top_k(acts.reshape(-1), k * tokens)[1])
+        def mark(places: Int[Array, " P"]) -> Bool[Array, "T W"]:
+            return jnp.zeros(acts.size, bool).at[places].set(wins).reshape(acts.shape)
 
-    if slots == width:
-        return among_all() & (acts > 0)
-    values, ids = top_k(acts, slots)
-    _, winners = jax.lax.top_k(values.reshape(-1), k * tokens)
-    last_of_a_token = (winners % slots == slots - 1) & (values.reshape(-1)[winners] > 0)
-    places = (ids + width * jnp.arange(tokens)[:, None]).reshape(-1)[winners]
-    return jax.lax.cond(
-        (last_of_a_token & win).any(), among_all, lambda: mark(places)
-    ) & (acts > 0)
+        def among_all() -> Bool[Array, "T W"]:
+            return mark(jax.lax.top_k(acts.reshape(-1), k * tokens)[1])
+
+        if slots == width:
+            return among_all()
+        values, ids = top_k(acts, slots)
+        _, found = jax.lax.top_k(values.reshape(-1), k * tokens)
+        last = (found % slots == slots - 1) & (values.reshape(-1)[found] > 0) & wins
+        places = (ids + width * jnp.arange(tokens)[:, None]).reshape(-1)[found]
+        return jax.lax.cond(last.any(), among_all, lambda: mark(places))
+
+    acts = jax.lax.stop_gradient(acts)
+    return sequential_vmap(winners)(acts, jnp.asarray(most)) & (acts > 0)
 
 
 def batch_winners_of_all(

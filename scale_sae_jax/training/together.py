@@ -63,7 +63,7 @@ def train_together(
     Returns whether it came to the end before `stop` was set. For one process. Raises UserError if
     no run is finite.
     """
-    program = _program(configs, activations)
+    program = program_of(configs, activations)
     shows = [show, *(lambda record: None for _ in configs[1:])]
     records = list(map(Records, configs, workdirs, shows))
     mean = np.asarray(activations.mean)
@@ -79,7 +79,8 @@ def train_together(
     return True
 
 
-def _program(configs: list[Config], activations: Activations) -> Program:
+def program_of(configs: list[Config], activations: Activations) -> Program:
+    """All runs as one program, on as many devices as divide them."""
     first = configs[0]
     l0s = np.array([config.sae.k for config in configs])
     sae = build(dataclasses.replace(first.sae, k=int(l0s.max())), activations.d)
@@ -161,7 +162,6 @@ def _read_batches(
 
 
 def _mesh(runs: int) -> Mesh:
-    """As many devices as divide the runs."""
     count = max(n for n in range(1, jax.device_count() + 1) if runs % n == 0)
     return jax.make_mesh((count,), (RUN,), (AxisType.Auto,), devices=jax.devices()[:count])
 
