@@ -42,8 +42,8 @@ def company(here: Cell, cells: list[Cell], workdir: Path, most: int) -> list[Cel
     """The cells that train with `here`, itself among them; none if it trains alone.
 
     One that was begun goes on. Else it is `here` and the next of `cells` that fit it and have not
-    begun, `most` of them. A run that asks for a mesh, or for a width that takes as long as another,
-    trains alone.
+    begun, `most` of them. A run that asks for a mesh, for a width that takes as long as another, or
+    for Weights & Biases, which follows one run a process, trains alone.
     """
     begun = _begun(cells, workdir)
     for members in begun:
@@ -56,7 +56,8 @@ def company(here: Cell, cells: list[Cell], workdir: Path, most: int) -> list[Cel
         and not (workdir / other.name / "checkpoints").exists()
         and finished(other, workdir) is None
     ]
-    alone = here not in fitting or here.config.mesh or here.config.sae.match == "time"
+    c = here.config
+    alone = here not in fitting or c.mesh or c.wandb or c.sae.match == "time"
     return [] if alone or min(len(fitting), most) < 2 else fitting[:most]
 
 

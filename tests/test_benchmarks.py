@@ -11,7 +11,11 @@ ONCE = ("--repeats=1", "--steps_per_call=1")
 
 
 def step(*flags):
-    command = [sys.executable, "-m", "benchmarks.step", *SMALL, *ONCE, *flags]
+    return run("step", *ONCE, *flags)
+
+
+def run(name, *flags):
+    command = [sys.executable, "-m", f"benchmarks.{name}", *SMALL, *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -29,3 +33,12 @@ def test_sizes_that_do_not_fit_are_refused_in_a_line():
     refused = step("--k=20")
     assert refused.returncode == 2 and "--k=20 exceeds" in refused.stderr
     assert "Traceback" not in refused.stderr and not refused.stdout
+
+
+def test_together_is_measured_beside_alone():
+    out = run("together", "--runs=2", "--repeats=1", "--presets=paper,topk").stdout
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["preset"], line["runs"]) for line in lines] == [("paper", 2), ("topk", 2)]
+    for line in lines:
+        ratio = line["s_per_step_together"] / (2 * line["s_per_step"])
+        assert abs(line["ratio"] / ratio - 1) < 1e-6

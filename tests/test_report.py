@@ -121,8 +121,8 @@ def get_grid(arg=""):
     presets = axis("preset", ("paper", "plain"))
     for axes in product(presets, axis("k", (2, 4)), axis("seed", (0, 1))):
         sae = preset(axes["preset"], latents=64, experts=4, active=2, k=axes["k"])
-        config = Config(seed=axes["seed"], mesh="data:1,expert:1", steps=40, batch_size=64,
-                        log_every=20, synthetic=WORLD, sae=dataclasses.replace(sae, auxk=False),
+        config = Config(seed=axes["seed"], steps=40, batch_size=64, log_every=20,
+                        synthetic=WORLD, sae=dataclasses.replace(sae, auxk=False),
                         optim=OptimConfig(lr=3e-3), eval=EvalConfig(tokens=256, bootstrap=20))
         cells.append(cell(axes, to_config_dict(config)))
     return cells
@@ -138,7 +138,7 @@ def command(tmp_path_factory):
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
 
     def start(name, workdir, *flags):
-        grid = [f"--grid={folder}/mini.py"] if name == "sweep" else []
+        grid = [f"--grid={folder}/mini.py", "--together=4"] if name == "sweep" else []
         return subprocess.Popen(
             [sys.executable, "-m", f"experiments.{name}", *grid, f"--workdir={workdir}", *flags],
             cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -171,7 +171,8 @@ def test_a_killed_sweep_ends_as_a_whole_one_and_its_report_has_every_cell(comman
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     finish(command("sweep", cut))
-    assert results(cut) == results(whole) and len(results(whole)) == 8
+    assert results(cut) == results(whole)
+    assert [row["trained_together"] for row in results(whole)] == 8 * [4]
 
     out = finish(command("report", whole))
     folder = whole / "report"

@@ -418,7 +418,8 @@ def test_who_trains_with_whom(data, tmp_path):  # noqa: F811
     assert names(a, grid) == ["k=4-seed=0", "k=4-seed=1", "k=8-seed=0"]
     assert names(a, [a, longer, b]) == ["k=4-seed=0", "k=4-seed=1"]
     assert names(a, grid, most=1) == names(longer, [*grid, longer]) == names(e, grid) == []
-    for alone in ({"mesh": "data:1,expert:1"}, {"sae.architecture": "topk", "sae.match": "time"}):
+    time = {"sae.architecture": "topk", "sae.match": "time"}
+    for alone in ({"mesh": "data:1,expert:1"}, {"wandb": True}, time):
         cells = array_cells(data, [(4, 0), (4, 1)], **alone)
         assert names(cells[0], cells) == []
     (tmp_path / b.name / "checkpoints").mkdir(parents=True)  # it was begun alone
