@@ -14,6 +14,7 @@ from scale_sae_jax.report.arms import Arm, Row, apart, arms_of
 QUALITY = {"fvu": "FVU", "delta_ce": "delta CE, nats"}
 COSTS = {"flops_per_token": "FLOPs a token, forward", "train_seconds": "training, seconds"}
 THRESHOLDS = (0.7, 0.8, 0.9)
+COLOURS, MARKERS = 20, "os^D"  # after so many arms colours come again, with another marker
 
 
 def colours(names: list[str]) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def colours(names: list[str]) -> dict[str, Any]:
     from matplotlib import colormaps
 
     palette = colormaps["tab20"].colors
-    return {name: palette[i % len(palette)] for i, name in enumerate(names)}
+    return {name: palette[i % COLOURS] for i, name in enumerate(names)}
 
 
 def quality(arms: list[Arm]) -> Figure | None:
@@ -77,20 +78,26 @@ def pareto(arms: list[Arm]) -> Figure | None:
     arms = [arm for arm in arms if arm.values("fvu")]
     if not known or not arms:
         return None
-    figure, every = _axes(len(known), height=4.5)
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    figure, every = _axes(len(known), height=max(4.5, 1 + 0.22 * len(arms)))
     by_name = colours([arm.name for arm in arms])
     for axes, column in zip(every, known, strict=True):
         points = []
-        for arm in arms:
+        for place, arm in enumerate(arms):
             cost, fvu = arm.interval(column), arm.interval("fvu")
             if cost is None:
                 continue
             points.append((cost.mean, fvu.mean))
-            axes.errorbar(cost.mean, fvu.mean, xerr=cost.half, yerr=fvu.half, fmt="o", capsize=2,
-                          color=by_name[arm.name], label=arm.name)
+            marker = MARKERS[place // COLOURS % len(MARKERS)]
+            axes.errorbar(cost.mean, fvu.mean, xerr=cost.half, yerr=fvu.half, fmt=marker,
+                          capsize=2, color=by_name[arm.name], label=arm.name)
         front = pareto_front(points)
         axes.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0)
         axes.set(xlabel=COSTS[column], ylabel="FVU", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     every[-1].legend(fontsize="small", bbox_to_anchor=(1.02, 1), loc="upper left")
     return figure
