@@ -8,6 +8,7 @@ with the same companies.
 """
 
 import shutil
+from itertools import islice
 from pathlib import Path
 from threading import Event
 
@@ -50,15 +51,16 @@ def company(here: Cell, cells: list[Cell], workdir: Path, most: int) -> list[Cel
         if here in members:
             return members
     taken = {other.name for members in begun for other in members}
-    fitting = [
-        other for other in cells[cells.index(here):]
-        if _shape(other) == _shape(here) and other.name not in taken
-        and not (workdir / other.name / "checkpoints").exists()
-        and finished(other, workdir) is None
-    ]
-    c = here.config
-    alone = here not in fitting or c.mesh or c.wandb or c.sae.match == "time"
-    return [] if alone or min(len(fitting), most) < 2 else fitting[:most]
+    asked, c = _shape(here), here.config
+
+    def fits(other: Cell) -> bool:
+        fresh = other.name not in taken and not (workdir / other.name / "checkpoints").exists()
+        return fresh and _shape(other) == asked and finished(other, workdir) is None
+
+    if c.mesh or c.wandb or c.sae.match == "time" or not fits(here):
+        return []
+    members = list(islice(filter(fits, cells[cells.index(here):]), most))
+    return members if len(members) > 1 else []
 
 
 def train_company(
@@ -111,7 +113,8 @@ def _begun(cells: list[Cell], workdir: Path) -> list[list[Cell]]:
     found = []
     for path in sorted(workdir.glob("together-*/cells.json")):
         names = folders.read_json(path, "cells that train together").get("cells")
-        members = [by_name[name] for name in names if name in by_name] if names else []
+        names = names if isinstance(names, list) else []
+        members = [by_name[name] for name in names if isinstance(name, str) and name in by_name]
         same = members and _folder(members, workdir) == path.parent
         if same and all(finished(here, workdir) is None for here in members):
             found.append(members)

@@ -14,7 +14,8 @@ from scale_sae_jax.evaluation import EvalBatch, evaluate
 from scale_sae_jax.evaluation.evaluator import with_ablations
 
 D, V, S = 4, 11, 6
-TRAINING = {"tokens_seen": 5, "train_seconds": 2.0, "tokens_per_second": 2.5}
+TRAINING = {"tokens_seen": 5, "train_seconds": 2.0, "tokens_per_second": 2.5,
+            "trained_together": 1}
 
 
 class Codes(NamedTuple):

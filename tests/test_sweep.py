@@ -417,6 +417,10 @@ def test_who_trains_with_whom(data, tmp_path):  # noqa: F811
     longer, = array_cells(data, [(4, 9)], steps=31)
     assert names(a, grid) == ["k=4-seed=0", "k=4-seed=1", "k=8-seed=0"]
     assert names(a, [a, longer, b]) == ["k=4-seed=0", "k=4-seed=1"]
+    for place, damaged in enumerate(({}, {"cells": 5}, {"cells": [["x"], a.name]})):
+        (tmp_path / f"together-{place}").mkdir()
+        (tmp_path / f"together-{place}" / "cells.json").write_text(json.dumps(damaged))
+        assert names(a, grid) == ["k=4-seed=0", "k=4-seed=1", "k=8-seed=0"]
     assert names(a, grid, most=1) == names(longer, [*grid, longer]) == names(e, grid) == []
     time = {"sae.architecture": "topk", "sae.match": "time"}
     for alone in ({"mesh": "data:1,expert:1"}, {"wandb": True}, time):
