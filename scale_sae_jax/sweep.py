@@ -285,7 +285,7 @@ def run_cell(
 
 
 def _share_match(here: Cell, workdir: Path, width: int) -> None:
-    """Lets cells that differ in their seed alone have one width matched by time: matched-HASH.json.
+    """Lets cells of one SAE setting, seeds say, have one width matched by time: matched-HASH.json.
 
     Measured for each of them, its noise would pass for that of the seeds.
     """
@@ -297,11 +297,10 @@ def _share_match(here: Cell, workdir: Path, width: int) -> None:
 
     def copy(source: Path, target: Path) -> None:
         if source.exists() and not target.exists():
-            target.parent.mkdir(exist_ok=True)
             folders.write_json(target, folders.read_json(source, "a grid matched by time"))
 
-    processes.lead_alone(lambda: copy(shared, own))
     own.parent.mkdir(exist_ok=True)
+    processes.lead_alone(lambda: copy(shared, own))
     sized(config, own.parent, width)
     processes.lead_alone(lambda: copy(own, shared))
 

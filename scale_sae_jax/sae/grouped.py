@@ -63,7 +63,7 @@ def grouped_outer(
         rows = _rows(x, groups, dtype), _rows(y, groups, dtype)
         return kernel.outer(*rows, groups, kernel.shards)
 
-    return _over_cells(outer, kernel)(x, y, groups)
+    return _over_calls(outer, kernel)(x, y, groups)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -126,10 +126,10 @@ def _dot(
         products = kernel.dot(rows, w.astype(dtype), groups, transposed, kernel.shards)
         return _by_token(products, x, groups, kernel)
 
-    return _over_cells(dot, kernel)(x, w, groups)
+    return _over_calls(dot, kernel)(x, w, groups)
 
 
-def _over_cells(function: Callable[..., Array], kernel: Kernel) -> Callable[..., Array]:
+def _over_calls(function: Callable[..., Array], kernel: Kernel) -> Callable[..., Array]:
     """The function of two arrays and their groups, as one call under `jax.vmap`."""
     if kernel.plain or kernel.shards > 1:  # pairs elsewhere would come between those of the calls
         return function

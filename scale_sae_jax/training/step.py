@@ -63,13 +63,13 @@ def make_step(
 ) -> Callable[[TrainState, Array, Array], tuple[TrainState, Metrics]]:
     """The step (state, x [T, D], mean [D]) -> (state, metrics).
 
-    Args:
-      together: name of the axis of a `jax.vmap` around the step. Latents are revived in all of its
-        autoencoders, if any has a dead one: a condition of each would take both ways for all.
-
     `mean` is the mean activation of the training stream, the reference of FVU. `dead_after` is in
     tokens. Metrics describe the batch before the update: loss and its terms, fvu, l0, dead (share
     of latents), load_cv (of the selected experts), grad_norm, lr.
+
+    Args:
+      together: name of the axis of a `jax.vmap` around the step. Latents are revived in all of its
+        autoencoders, if any has a dead one: a condition of each would take both ways for all.
     """
 
     def step(state: TrainState, x: Array, mean: Array) -> tuple[TrainState, Metrics]:

@@ -156,9 +156,9 @@ def _read_batches(
                 x[step - first, place] = activations.rows(ids)
         return x
 
-    shape = (room, len(configs), size, activations.d)
     where = NamedSharding(mesh, PartitionSpec(None, RUN))
-    return jax.make_array_from_callback(shape, where, part)
+    sizes = (room, len(configs), size, activations.d)
+    return jax.make_array_from_callback(sizes, where, part)
 
 
 def _mesh(runs: int) -> Mesh:
