@@ -66,8 +66,8 @@ class Tiles(NamedTuple):
 
 
 def tile_rows(pairs: int, experts: int) -> int:
-    """R: a quarter more than the mean run, so that most runs fit one tile; 8 to 256."""
-    return min(max(-(-5 * pairs // (4 * experts * 8)) * 8, 8), 256)
+    """R: an eighth more than the mean run, so that most runs fit one tile; 8 to 256."""
+    return min(max(-(-9 * pairs // (8 * experts * 8)) * 8, 8), 256)
 
 
 def cut(sizes: Int[Array, " N"], pairs: int, rows: int) -> Tiles:
@@ -116,19 +116,37 @@ def _loop_dot(
 
 
 def _loop_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Float[Array, "N A B"]:
-    """Both sides are 0 beyond a run: a product with 0 alone would let a NaN through."""
+    """The first tile of every expert in one batched product, then those of longer runs in a loop.
+
+    So most of the result is written once; a loop over all tiles would have zeros to add to. Both
+    sides are 0 beyond a run: a product with 0 alone would let a NaN through.
+    """
     experts, pairs = groups.sizes.size, groups.pairs.size
     size = tile_rows(pairs, experts * shards)
     tiles = cut(groups.sizes, pairs, size)
+    stop = jnp.cumsum(groups.sizes)
 
-    def body(t, out):
-        place = tiles.start[t] + jnp.arange(size)
-        inside = (place < tiles.stop[t])[:, None]
-        product = _outer(*(jnp.where(inside, rows.at(place), 0) for rows in (left, right)))
-        return out.at[tiles.expert[t]].add(product)
+    def product(start, stop):
+        place = start[..., None] + jnp.arange(size)
+        inside = (place < stop[..., None])[..., None]
+        return _outer(*(jnp.where(inside, rows.at(place), 0) for rows in (left, right)))
 
-    out = jnp.zeros((experts, left.array.shape[1], right.array.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, tiles.used, body, out)
+    def of_all():
+        tile = jnp.arange(tiles.start.size)
+        later = (tile < tiles.used) & (tile != tiles.first[tiles.expert])
+        (order,) = jnp.nonzero(later, size=tile.size)
+
+        def body(i, out):
+            t = order[i]
+            return out.at[tiles.expert[t]].add(product(tiles.start[t], tiles.stop[t]))
+
+        return jax.lax.fori_loop(0, later.sum(), body, product(stop - groups.sizes, stop))
+
+    def of_none():
+        return jnp.zeros((experts, left.array.shape[1], right.array.shape[1]), jnp.float32)
+
+    # XLA gathers the rows inside the branch. Without it, it does so long before they are needed.
+    return jax.lax.cond(tiles.used > 0, of_all, of_none)
 
 
 def _tiles_dot(
