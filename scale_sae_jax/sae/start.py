@@ -12,11 +12,15 @@ def uniform_encoder(key: Array, experts: int, width: int, size: int) -> Float[Ar
 
 
 def normalise(w_dec: Float[Array, "... M D"], norm: str) -> Float[Array, "... M D"]:
-    """Unit norm a latent ('latent') or a coordinate inside an expert ('coordinate'), or as is."""
+    """Unit norm a latent ('latent') or a coordinate inside an expert ('coordinate'), or as is.
+
+    Norms first, then the quotient: as one computation, XLA for CPUs would not write it in place.
+    """
     axis = {"latent": -1, "coordinate": -2, "none": None}[norm]
     if axis is None:
         return w_dec
-    return w_dec / jnp.maximum(jnp.linalg.norm(w_dec, axis=axis, keepdims=True), 1e-12)
+    norms = jax.lax.optimization_barrier(jnp.linalg.norm(w_dec, axis=axis, keepdims=True))
+    return w_dec / jnp.maximum(norms, 1e-12)
 
 
 def coordinate_scale(centred: Float[Array, "T D"]) -> Float[Array, ""]:

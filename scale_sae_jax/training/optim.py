@@ -82,11 +82,14 @@ def tangent() -> optax.GradientTransformation:
 
     Unit rows lose their radial component exactly. With `decoder_norm='coordinate'` rows are not
     unit, and this is the raw projection of the published code.
+
+    Products first, then the difference, which XLA computes where Adam uses it and does not store.
     """
 
     def update(updates, params):
         def project(g, d):
-            return g - (g * d).sum(-1, keepdims=True) * d
+            along = jax.lax.optimization_barrier((g * d).sum(-1, keepdims=True))
+            return g - along * d
 
         return jax.tree.map(project, updates, params)
 
