@@ -9,6 +9,7 @@ with float32 sums whatever the dtype of the operands. `dot` takes w [N, B, A] wh
 and may return void rows after the P-th.
 
 loop    tiles of rows one after the other; only tiles that exist cost anything. Best on CPUs.
+        `outer` takes the first tile of all experts at once, unless half of them are idle.
 tiles   all tiles at once, as one batched product over gathered matrices. For GPUs.
 ragged  `jax.lax.ragged_dot`. For TPUs; on CPUs, and on GPUs by default, it lowers to dense work.
 """
@@ -118,12 +119,15 @@ def _loop_dot(
 def _loop_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Float[Array, "N A B"]:
     """The first tile of every expert in one batched product, then those of longer runs in a loop.
 
-    So most of the result is written once; a loop over all tiles would have zeros to add to. Both
-    sides are 0 beyond a run: a product with 0 alone would let a NaN through.
+    So most of the result is written once; a loop over all tiles has zeros to add to. It is taken
+    where half of the experts are idle. Both sides are 0 beyond a run: a product with 0 alone would
+    let a NaN through.
     """
     experts, pairs = groups.sizes.size, groups.pairs.size
     size = tile_rows(pairs, experts * shards)
     tiles = cut(groups.sizes, pairs, size)
+    tile = jnp.arange(tiles.start.size)
+    exists, first = tile < tiles.used, tile == tiles.first[tiles.expert]
     stop = jnp.cumsum(groups.sizes)
 
     def product(start, stop):
@@ -131,22 +135,23 @@ def _loop_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Flo
         inside = (place < stop[..., None])[..., None]
         return _outer(*(jnp.where(inside, rows.at(place), 0) for rows in (left, right)))
 
-    def of_all():
-        tile = jnp.arange(tiles.start.size)
-        later = (tile < tiles.used) & (tile != tiles.first[tiles.expert])
-        (order,) = jnp.nonzero(later, size=tile.size)
+    def add_tiles(out, chosen):
+        (order,) = jnp.nonzero(chosen, size=chosen.size)
 
-        def body(i, out):
+        def add(i, out):
             t = order[i]
             return out.at[tiles.expert[t]].add(product(tiles.start[t], tiles.stop[t]))
 
-        return jax.lax.fori_loop(0, later.sum(), body, product(stop - groups.sizes, stop))
+        return jax.lax.fori_loop(0, chosen.sum(), add, out)
 
-    def of_none():
-        return jnp.zeros((experts, left.array.shape[1], right.array.shape[1]), jnp.float32)
+    def firsts_at_once():
+        return add_tiles(product(stop - groups.sizes, stop), exists & ~first)
 
-    # XLA gathers the rows inside the branch. Without it, it does so long before they are needed.
-    return jax.lax.cond(tiles.used > 0, of_all, of_none)
+    def one_by_one():
+        shape = (experts, left.array.shape[1], right.array.shape[1])
+        return add_tiles(jnp.zeros(shape, jnp.float32), exists)
+
+    return jax.lax.cond(2 * (groups.sizes > 0).sum() > experts, firsts_at_once, one_by_one)
 
 
 def _tiles_dot(
