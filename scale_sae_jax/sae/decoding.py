@@ -24,7 +24,7 @@ from scale_sae_jax.sae.kernels import Kernel
 from scale_sae_jax.sae.losses import mean_square
 from scale_sae_jax.sae.shards import Shards
 
-CHUNK_ELEMENTS = 3 << 16
+CHUNK_ELEMENTS = 3 << 15
 
 
 def decode(
