@@ -72,9 +72,13 @@ def test_equal_time_latents_meet_the_goal_on_a_made_up_machine(monkeypatch):
     from scale_sae_jax.training import matching
 
     def seconds(config, batches):
-        return 1e-3 if config.architecture == "scale" else 2e-6 * config.latents**0.8
+        while True:  # each call finds the machine slower than the one before
+            slower.append(1.01 * slower[-1])
+            scale = config.architecture == "scale"
+            yield slower[-1] * (1e-3 if scale else 2e-6 * config.latents**0.8)
 
-    monkeypatch.setattr(matching, "step_seconds", seconds)
+    slower = [1.0]
+    monkeypatch.setattr(matching, "call_seconds", seconds)
     config = preset("relu", latents=4096, experts=16, active=2, k=32, match="time")
     found = matching.equal_time_latents(config, 64, 128)
     assert found % 64 == 0 and found == pytest.approx(500**1.25, abs=33)
