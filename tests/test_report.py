@@ -135,11 +135,7 @@ def command(tmp_path_factory):
     """Runs a command of experiments on the miniature grid."""
     folder = tmp_path_factory.mktemp("grid")
     (folder / "mini.py").write_text(GRID)
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),  # compiled once for all commands
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
 
     def start(name, workdir, *flags):
         grid = [f"--grid={folder}/mini.py", "--together=4"] if name == "sweep" else []
