@@ -4,7 +4,8 @@ There are two ways to each product. Gathering and scattering decoder rows costs 
 K; multiplying the dense code of the selected experts costs work that grows with E * m, but it is
 all matrix products. `Kernel` says how many dense rows are worth a gathered and a scattered one.
 
-Gathered rows go through in chunks of about `CHUNK_ELEMENTS` numbers, which stay in a cache.
+Gathered rows go through in chunks of tokens: on CPUs small ones, which stay in a core's cache with
+the rows of an expert; elsewhere large ones, for each waits for the one before.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from scale_sae_jax.sae.kernels import Kernel
 from scale_sae_jax.sae.losses import mean_square
 from scale_sae_jax.sae.shards import Shards
 
-CHUNK_ELEMENTS = 3 << 15
+CHUNK_ELEMENTS = {"cpu": 3 << 15}  # numbers gathered at once, by platform
+LARGE_CHUNK = 1 << 25
 
 
 def decode(
@@ -208,9 +210,10 @@ def _by_chunks(function: Callable, size: int, *arrays: Array) -> Any:
 
 
 def _chunk_size(values: Array, rows: Array) -> int:
-    """Tokens whose gathered rows are `CHUNK_ELEMENTS` numbers."""
+    """Tokens whose gathered rows are as many numbers as go through at once here."""
     tokens, slots = values.shape
-    return max(1, min(tokens, CHUNK_ELEMENTS // (slots * rows.shape[1])))
+    most = CHUNK_ELEMENTS.get(jax.default_backend(), LARGE_CHUNK)
+    return max(1, min(tokens, most // (slots * rows.shape[1])))
 
 
 def _chunked(array: Array, size: int) -> Array:
