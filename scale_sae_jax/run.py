@@ -345,5 +345,15 @@ def _bill(workdir: Path) -> dict[str, float | int | None]:
         "tokens_seen": tokens,
         "train_seconds": seconds,
         "tokens_per_second": tokens / max(seconds, 1e-9),
+        "seconds_per_step": _seconds_per_step(lines),
         "trained_together": lines[-1].get("together", 1),
     }
+
+
+def _seconds_per_step(lines: list[dict[str, Any]]) -> float | None:
+    """Median over the stretches between two records, so that compiling does not count."""
+    stretches = [
+        (after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
+        for before, after in itertools.pairwise(lines)
+    ]
+    return float(np.median(stretches)) if stretches else None

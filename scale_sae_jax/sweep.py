@@ -53,7 +53,7 @@ from scale_sae_jax.training.interrupts import Interrupted
 MAIN_RESULTS = (
     "l0", "fvu", "delta_ce", "dead", "redundancy_0.7", "redundancy_0.7_intra",
     "redundancy_0.7_inter", "redundancy_0.7_null", "flops_per_token", "active_width",
-    "total_width", "tokens_per_second", "mcc", "uniqueness", "f1",
+    "total_width", "tokens_per_second", "seconds_per_step", "mcc", "uniqueness", "f1",
 )
 # Of an evaluation on another text, what a row keeps under its name.
 OTHER_TEXT = (

@@ -30,7 +30,7 @@ KEYS = set(
     """mse fvu fvu_all cosine norm_ratio relative_bias l0 l0_p5 l0_p95 dead density
     ce_clean ce_spliced ce_mean ce_zero delta_ce recovered recovered_mean kl
     expert_load load_cv router_entropy expert_mi flops_per_token active_width total_width params
-    tokens_seen train_seconds tokens_per_second""".split()
+    tokens_seen train_seconds tokens_per_second seconds_per_step""".split()
 ) | {name + split for name in COSINES for split in ("", "_intra", "_inter", "_null")}
 NEEDS_TEXT = {"ce_clean", "ce_spliced", "ce_mean", "ce_zero", "delta_ce", "kl", "expert_mi"}
 

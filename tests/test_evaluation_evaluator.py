@@ -15,7 +15,7 @@ from scale_sae_jax.evaluation.evaluator import with_ablations
 
 D, V, S = 4, 11, 6
 TRAINING = {"tokens_seen": 5, "train_seconds": 2.0, "tokens_per_second": 2.5,
-            "trained_together": 1}
+            "seconds_per_step": 2.0, "trained_together": 1}
 
 
 class Codes(NamedTuple):
@@ -257,8 +257,8 @@ def test_result_is_flat_json_without_nan():
         "ce_clean ce_spliced ce_mean ce_zero delta_ce recovered recovered_mean kl dead density " \
         "max_cosine_mean_null redundancy_0.9_intra_null redundancy_0.8_inter_null expert_load " \
         "load_cv router_entropy expert_mi expert_mi_null flops_per_token active_width " \
-        "total_width params train_seconds tokens_per_second mse_ci95 fvu_ci95 delta_ce_ci95 " \
-        "l0_ci95 density_edges delta_ce_all ce_spliced_all"
+        "total_width params train_seconds tokens_per_second seconds_per_step mse_ci95 fvu_ci95 " \
+        "delta_ce_ci95 l0_ci95 density_edges delta_ce_all ce_spliced_all"
     assert set(required.split()) <= got.keys()
 
 

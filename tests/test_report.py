@@ -127,7 +127,7 @@ def get_grid(arg=""):
         cells.append(cell(axes, to_config_dict(config)))
     return cells
 '''
-TIMED = {"train_seconds", "tokens_per_second"}
+TIMED = {"train_seconds", "tokens_per_second", "seconds_per_step"}
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from scale_sae_jax.config import Config, EvalConfig, OptimConfig, SyntheticConfi
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.run import run
 from scale_sae_jax.sae.presets import preset
+from scale_sae_jax.training.metrics import read_lines
 
 SMALL = SyntheticConfig(
     features=40, d=16, samples=4000, heldout=500, max_rate=0.2, min_rate=0.02, roots=2, depth=1,
@@ -43,6 +44,11 @@ def test_synthetic_run_reports_ground_truth_and_the_bill(tmp_path):
     assert results["active_width"] == results["total_width"] == 64
     assert results["flops_per_token"] == 2 * 16 * 64 + 2 * 16 * 4
     assert results["eval_text"] == "synthetic-40" and results["delta_ce"] is None
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    seconds, steps = ([line[name] for line in lines] for name in ("seconds", "step"))
+    assert results["train_seconds"] == seconds[-1]
+    each = np.diff(seconds) / np.diff(steps)
+    assert len(each) > 1 and results["seconds_per_step"] == pytest.approx(np.median(each))
     sae, params = scale_sae_jax.load(tmp_path)
     assert sae.latents == 64 and params["w_enc"].shape == (64, 16)
 

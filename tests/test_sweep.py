@@ -42,7 +42,7 @@ from scale_sae_jax.training import together
 from scale_sae_jax.training.interrupts import Interrupted
 from scale_sae_jax.training.metrics import read_lines
 
-TIMES = {"train_seconds", "tokens_per_second", "command"}
+TIMES = {"train_seconds", "tokens_per_second", "seconds_per_step", "command"}
 COMMAND = ["python", "-m", "experiments.sweep"]
 GRID = """
 from configs import array

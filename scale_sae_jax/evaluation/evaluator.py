@@ -28,7 +28,9 @@ from scale_sae_jax.evaluation.flops import forward_flops
 from scale_sae_jax.parallel import processes
 
 WITH_INTERVAL = ("mse", "fvu", "delta_ce", "l0")
-TRAINING_KEYS = ("tokens_seen", "train_seconds", "tokens_per_second", "trained_together")
+TRAINING_KEYS = (
+    "tokens_seen", "train_seconds", "tokens_per_second", "seconds_per_step", "trained_together",
+)
 
 
 @runtime_checkable
