@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scale_sae_jax.sae import kernels
-from scale_sae_jax.sae.grouped import grouped_dot, grouped_dot_at
+from scale_sae_jax.sae.grouped import grouped_dot, grouped_dot_at, grouped_sum
 from scale_sae_jax.sae.groups import group
 
 T, N, D, M = 150, 5, 7, 6
@@ -37,14 +37,17 @@ def loads():
 
 
 def assert_equal_to_dense(kernel, x, w, experts, weight, dtype=jnp.float32, tolerance=1e-5):
+    """The products of x [T, A], or the sums over experts of those of x [T, E, A]."""
+
     @jax.jit
     def both(x, w):
         def ours(x, w):
-            groups = group(experts, w.shape[0])
-            return grouped_dot(x, w, groups, kernels.choose(kernel), dtype)
+            function = grouped_dot if x.ndim == 2 else grouped_sum
+            return function(x, w, group(experts, w.shape[0]), kernels.choose(kernel), dtype)
 
         def theirs(x, w):
-            return dense(x, w, experts)
+            products = dense(x, w, experts)
+            return products if x.ndim == 2 else products.sum(1)
 
         return [
             (f(x, w), jax.grad(lambda x, w: (f(x, w) * weight).sum(), argnums=(0, 1))(x, w))
@@ -65,7 +68,8 @@ def test_equals_dense_in_value_and_gradient(name, per_expert, kernel):
     experts = jnp.asarray(np.sort(loads()[name], 1), jnp.int32)
     keys = jax.random.split(jax.random.key(1), 3)
     x = jax.random.normal(keys[0], (T, 2, D) if per_expert else (T, D))
-    w, weight = jax.random.normal(keys[1], (N, D, M)), jax.random.normal(keys[2], (T, 2, M))
+    w = jax.random.normal(keys[1], (N, D, M))
+    weight = jax.random.normal(keys[2], (T, M) if per_expert else (T, 2, M))
     grads = assert_equal_to_dense(kernel, x, w, experts, weight)
     idle = set(range(N)) - set(np.unique(experts))
     assert all((grads[1][i] == 0).all() for i in idle)
@@ -84,10 +88,12 @@ def test_any_shape_and_load_equals_dense(kernel, tokens, n_experts, evenness, da
     a, b = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
     rng = np.random.default_rng(data.draw(st.integers(0, 100)))
     experts = jnp.asarray(random_experts(rng, tokens, n_experts, active, evenness))
-    x, w = rng.standard_normal((tokens, a)), rng.standard_normal((n_experts, a, b))
-    weight = rng.standard_normal((tokens, active, b))
-    x, w, weight = (jnp.asarray(array, jnp.float32) for array in (x, w, weight))
-    assert_equal_to_dense(kernel, x, w, experts, weight)
+    w = rng.standard_normal((n_experts, a, b))
+    for by_expert in (False, True):
+        x = rng.standard_normal((tokens, active, a) if by_expert else (tokens, a))
+        weight = rng.standard_normal((tokens, b) if by_expert else (tokens, active, b))
+        x, weight, matrices = (jnp.asarray(a, jnp.float32) for a in (x, weight, w))
+        assert_equal_to_dense(kernel, x, matrices, experts, weight)
 
 
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
@@ -169,6 +175,13 @@ def test_every_pair_lies_in_its_experts_run_and_tiles_cover_all_runs(
         assert groups.experts[tiles.start[tile]] == tiles.expert[tile]
 
 
-def test_auto_takes_the_kernel_of_the_platform():
+def test_auto_takes_the_kernel_of_the_platform(monkeypatch):
     assert kernels.choose("auto") == kernels.KERNELS["loop"]
-    assert set(kernels.BEST) == {"cpu", "gpu", "tpu"}
+    for platform, name in (("gpu", "tiles"), ("tpu", "ragged"), ("other", "tiles")):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert kernels.choose("auto") == kernels.choose(name) == kernels.KERNELS[name]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    of_shards, loop = kernels.choose("auto", shards=2), kernels.KERNELS["loop"]
+    assert (of_shards.dot, of_shards.outer, of_shards.shards) == (loop.dot, loop.outer, 2)
+    assert of_shards.chunk == kernels.KERNELS["tiles"].chunk
+    assert kernels.choose("tiles", shards=2).dot == kernels.KERNELS["tiles"].dot

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scale_sae_jax.config import CHOICES, SAEConfig
-from scale_sae_jax.sae import build, decoding, kernels, reference
+from scale_sae_jax.sae import build, kernels, reference
 from scale_sae_jax.sae.presets import PRESETS, preset
 
 WIDTH = 12
@@ -151,10 +151,10 @@ def test_every_way_of_decoding_matches_reference(gathered, scattered, monkeypatc
 @pytest.mark.parametrize("tokens", (1, 5, 1000))
 def test_rows_gathered_in_chunks_match_reference(tokens, monkeypatch):
     """Chunks of one token, chunks of which the last is not full, and all tokens at once."""
-    kernel = kernels.KERNELS["loop"]._replace(gathered_row=0, scattered_row=0)
+    kernel = kernels.KERNELS["loop"]._replace(
+        gathered_row=0, scattered_row=0, chunk=tokens * SMALL.k * WIDTH
+    )
     monkeypatch.setitem(kernels.KERNELS, "loop", kernel)
-    platform = jax.default_backend()
-    monkeypatch.setitem(decoding.CHUNK_ELEMENTS, platform, tokens * SMALL.k * WIDTH)
     assert_matches_reference(SMALL)
 
 

@@ -4,8 +4,8 @@ There are two ways to each product. Gathering and scattering decoder rows costs 
 K; multiplying the dense code of the selected experts costs work that grows with E * m, but it is
 all matrix products. `Kernel` says how many dense rows are worth a gathered and a scattered one.
 
-Gathered rows go through in chunks of tokens: on CPUs small ones, which stay in a core's cache with
-the rows of an expert; elsewhere large ones, for each waits for the one before.
+Gathered rows go through in chunks of tokens (`Kernel.chunk`): on CPUs small ones, which stay in a
+core's cache with the rows of an expert; elsewhere large ones, for each waits for the one before.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,12 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
 from scale_sae_jax.sae.codes import Codes
-from scale_sae_jax.sae.grouped import grouped_dot, grouped_outer, spread
+from scale_sae_jax.sae.grouped import grouped_outer, grouped_sum, spread
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.joined import joined
 from scale_sae_jax.sae.kernels import Kernel
 from scale_sae_jax.sae.losses import mean_square
 from scale_sae_jax.sae.shards import Shards
-
-CHUNK_ELEMENTS = {"cpu": 3 << 15}  # numbers gathered at once, by platform
-LARGE_CHUNK = 1 << 25
 
 
 def decode(
@@ -34,16 +31,17 @@ def decode(
 ) -> Float[Array, "T D"]:
     """sum_k values[t, k] * rows[ids[t, k]], by gathered rows or the dense code by cost."""
     if rows.shape[0] > kernel.gathered_row * codes.ids.shape[1]:
-        return decode_rows(*codes, rows, dtype)
+        return decode_rows(*codes, rows, kernel, dtype)
     dense = spread(*codes, rows.shape[0])
     return _einsum("tl,ld->td", dense.astype(dtype), rows.astype(dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def decode_rows(
     values: Float[Array, "T K"],
     ids: Int[Array, "T K"],
     rows: Float[Array, "L D"],
+    kernel: Kernel,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "T D"]:
     """sum_k values[t, k] * rows[ids[t, k]], with operands rounded to `dtype`, float32 sums."""
@@ -54,16 +52,16 @@ def decode_rows(
         def chunk(v, i):
             return _einsum("tk,tkd->td", v.astype(dtype), rounded[i])
 
-        return _by_chunks(chunk, _chunk_size(values, rows), values, ids)
+        return _by_chunks(chunk, _chunk_size(values, rows, kernel), values, ids)
 
     return joined(decode, lambda values, ids, rows: (0, rows.shape[0], 0))(values, ids, rows)
 
 
-def _decode_forward(values, ids, rows, dtype):
-    return decode_rows(values, ids, rows, dtype), (values, ids, rows)
+def _decode_forward(values, ids, rows, kernel, dtype):
+    return decode_rows(values, ids, rows, kernel, dtype), (values, ids, rows)
 
 
-def _decode_backward(dtype, saved, grad):
+def _decode_backward(kernel, dtype, saved, grad):
     values, ids, rows = saved
 
     def values_gradient(ids, grad, rows):
@@ -72,10 +70,10 @@ def _decode_backward(dtype, saved, grad):
         def chunk(i, g):
             return _einsum("td,tkd->tk", g.astype(dtype), rounded[i])
 
-        return _by_chunks(chunk, _chunk_size(values, rows), ids, grad)
+        return _by_chunks(chunk, _chunk_size(values, rows, kernel), ids, grad)
 
     by_rows = joined(values_gradient, lambda ids, grad, rows: (rows.shape[0], 0, 0))
-    return by_rows(ids, grad, rows), None, scatter_rows(values, ids, grad, rows)
+    return by_rows(ids, grad, rows), None, scatter_rows(values, ids, grad, rows, kernel)
 
 
 decode_rows.defvjp(_decode_forward, _decode_backward)
@@ -106,14 +104,14 @@ def squared_error(
     if shards.expert == 1 and width > kernel.gathered_row * slots:
         return _error_by_rows(*codes, places, w_dec, b_dec, target, groups, kernel, dtype)
     dense = dense_codes(codes.values, places, w_dec.shape[1], groups)
-    decoded = grouped_dot(dense, w_dec, groups, kernel, dtype).sum(1)
+    decoded = grouped_sum(dense, w_dec, groups, kernel, dtype)
     residual = target - b_dec - shards.sum_to_owner(decoded)
     return mean_square(residual), jax.lax.stop_gradient(residual)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _error_by_rows(values, ids, places, w_dec, b_dec, target, groups, kernel, dtype):
-    residual = target - b_dec - decode_rows(values, ids, _flat(w_dec), dtype)
+    residual = target - b_dec - decode_rows(values, ids, _flat(w_dec), kernel, dtype)
     return mean_square(residual), residual
 
 
@@ -131,7 +129,8 @@ def _error_forward(values, ids, places, w_dec, b_dec, target, groups, kernel, dt
             residual = target[tokens] - _einsum("tk,tkd->td", v.astype(dtype), gathered)
             return residual, _einsum("td,tkd->tk", residual.astype(dtype), gathered)
 
-        return _by_chunks(chunk, _chunk_size(values, rows), values[order], ids[order], order)
+        size = _chunk_size(values, rows, kernel)
+        return _by_chunks(chunk, size, values[order], ids[order], order)
 
     tokens, rows = values.shape[0], _flat(w_dec)
     order = groups.rows.reshape(tokens, -1)[:, 0].argsort()
@@ -149,7 +148,7 @@ def _error_backward(kernel, dtype, saved, grads):
     scale = -2 * grads[0] / tokens  # d(error) = scale * residual . d(decoded)
     size = w_dec.shape[1]
     if groups.active(tokens) * size > kernel.scattered_row * slots:
-        d_rows = scatter_rows(scale * values, ids, residual, _flat(w_dec))
+        d_rows = scatter_rows(scale * values, ids, residual, _flat(w_dec), kernel)
     else:
         dense = dense_codes(scale * values, places, size, groups)
         d_rows = grouped_outer(dense, residual, groups, kernel, dtype)
@@ -176,6 +175,7 @@ def scatter_rows(
     ids: Int[Array, "T K"],
     grad: Float[Array, "T D"],
     rows: Float[Array, "L D"],
+    kernel: Kernel,
 ) -> Float[Array, "L D"]:
     """Gradient of `rows`: values[t, k] * grad[t], summed over the tokens and slots of each row."""
 
@@ -184,7 +184,7 @@ def scatter_rows(
             v, i, g = chunk  # [C, K], [C, K], [C, D]
             return d_rows.at[i].add(v[..., None] * g[:, None, :]), None
 
-        size = _chunk_size(values, rows)
+        size = _chunk_size(values, rows, kernel)
         chunks = tuple(_chunked(array, size) for array in (values, ids, grad))
         d_rows, _ = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), chunks)
         return d_rows.astype(rows.dtype)
@@ -209,11 +209,10 @@ def _by_chunks(function: Callable, size: int, *arrays: Array) -> Any:
     return jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:])[:tokens], results)
 
 
-def _chunk_size(values: Array, rows: Array) -> int:
-    """Tokens whose gathered rows are as many numbers as go through at once here."""
+def _chunk_size(values: Array, rows: Array, kernel: Kernel) -> int:
+    """Tokens whose gathered rows are as many numbers as go through at once."""
     tokens, slots = values.shape
-    most = CHUNK_ELEMENTS.get(jax.default_backend(), LARGE_CHUNK)
-    return max(1, min(tokens, most // (slots * rows.shape[1])))
+    return max(1, min(tokens, kernel.chunk // (slots * rows.shape[1])))
 
 
 def _chunked(array: Array, size: int) -> Array:

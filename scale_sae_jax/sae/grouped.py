@@ -18,7 +18,7 @@ from scale_sae_jax.sae.kernels import Kernel, Rows
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_dot(
-    x: Float[Array, "T ... A"],
+    x: Float[Array, "T A"],
     w: Float[Array, "N A B"],
     groups: Groups,
     kernel: Kernel,
@@ -27,7 +27,6 @@ def grouped_dot(
     """x_t W_i for every selected expert i of token t; 0 for an expert on another device.
 
     Args:
-      x: a row a token, [T, A], or a row a selected expert, [T, E, A].
       dtype: operands are rounded to it; sums and results are float32.
 
     The loops of a gradient that nobody asks for are compiled away.
@@ -41,13 +40,38 @@ def _forward(x, w, groups, kernel, dtype):
 
 def _backward(kernel, dtype, saved, grad):
     x, w, groups = saved
-    d_x = _dot(grad, w, groups, kernel, dtype, transposed=True)
-    d_x = d_x.sum(1) if x.ndim == 2 else d_x
+    d_x = _dot(grad, w, groups, kernel, dtype, transposed=True).sum(1)
     d_w = grouped_outer(x, grad, groups, kernel, dtype)
     return d_x.astype(x.dtype), d_w.astype(w.dtype), None
 
 
 grouped_dot.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_sum(
+    x: Float[Array, "T E A"],
+    w: Float[Array, "N A B"],
+    groups: Groups,
+    kernel: Kernel,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "T B"]:
+    """sum_i x_ti W_i over the selected experts i of token t; arguments as for `grouped_dot`."""
+    return _dot(x, w, groups, kernel, dtype, transposed=False).sum(1)
+
+
+def _forward_sum(x, w, groups, kernel, dtype):
+    return grouped_sum(x, w, groups, kernel, dtype), (x, w, groups)
+
+
+def _backward_sum(kernel, dtype, saved, grad):
+    x, w, groups = saved
+    d_x = _dot(grad, w, groups, kernel, dtype, transposed=True)
+    d_w = grouped_outer(x, grad, groups, kernel, dtype)
+    return d_x.astype(x.dtype), d_w.astype(w.dtype), None
+
+
+grouped_sum.defvjp(_forward_sum, _backward_sum)
 
 
 def grouped_outer(

@@ -11,7 +11,8 @@ and may return void rows after the P-th.
 loop    tiles of rows one after the other; only tiles that exist cost anything. Best on CPUs.
         `outer` takes the first tile of all experts at once, unless half of them are idle.
 tiles   all tiles at once, as one batched product over gathered matrices. For GPUs.
-ragged  `jax.lax.ragged_dot`. For TPUs; on CPUs, and on GPUs by default, it lowers to dense work.
+ragged  `jax.lax.ragged_dot`, and `outer` as in loop. For TPUs. On CPUs, and on GPUs by default, a
+        ragged product lowers to work for all experts; on TPUs too where it sums over the runs.
 """
 
 from collections.abc import Callable
@@ -40,14 +41,15 @@ class Kernel(NamedTuple):
 
     shards: devices that the experts of these pairs lie on, so that the run of one is so much
     shorter than pairs and experts here say. gathered_row, scattered_row: gathering a decoder row to
-    multiply by it, or adding to one, takes as long as multiplying by so many of them. plain:
-    whether all rows are those of one expert.
+    multiply by it, or adding to one, takes as long as multiplying by so many of them. chunk:
+    numbers of gathered rows that go through at once. plain: whether all rows are of one expert.
     """
 
     dot: Callable[[Rows, Array, Groups, bool, int], Array]
     outer: Callable[[Rows, Rows, Groups, int], Array]
     gathered_row: int
     scattered_row: int
+    chunk: int
     shards: int = 1
     plain: bool = False
 
@@ -79,7 +81,8 @@ def cut(sizes: Int[Array, " N"], pairs: int, rows: int) -> Tiles:
     last = jnp.cumsum(count)
     begin = jnp.cumsum(sizes) - sizes
     tile = jnp.arange(most, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(last, tile, side="right"), experts - 1)
+    expert = jnp.searchsorted(last, tile, side="right", method="compare_all")
+    expert = jnp.minimum(expert, experts - 1)
     return Tiles(
         expert=expert,
         start=begin[expert] + (tile - (last - count)[expert]) * rows,
@@ -195,37 +198,30 @@ def _ragged_dot(
     rows: Rows, w: Float[Array, "N X Y"], groups: Groups, transposed: bool, shards: int = 1
 ) -> Float[Array, "P B"]:
     dims = (((1,), (2 if transposed else 1,)), ((), ()))
-    return _ragged(rows.array[rows.index], w, groups, dims, (0,))
-
-
-def _ragged_outer(
-    left: Rows, right: Rows, groups: Groups, shards: int = 1
-) -> Float[Array, "N A B"]:
-    dims = (((0,), (0,)), ((), ()))
-    return _ragged(left.array[left.index], right.array[right.index], groups, dims, ())
-
-
-def _ragged(left: Array, right: Array, groups: Groups, dims, group_dims) -> Array:
-    numbers = jax.lax.RaggedDotDimensionNumbers(dims, (0,), group_dims)
+    numbers = jax.lax.RaggedDotDimensionNumbers(dims, (0,), (0,))
     return jax.lax.ragged_dot_general(
-        left, right, groups.sizes, numbers, preferred_element_type=jnp.float32
+        rows.array[rows.index], w, groups.sizes, numbers, preferred_element_type=jnp.float32
     )
 
 
+# Costs: on CPUs measured; on TPUs by the compiler's estimate (benchmarks/scaling.py --topology),
+# which leaves the gathering itself out; on GPUs a guess.
 KERNELS = {
-    "loop": Kernel(_loop_dot, _loop_outer, gathered_row=12, scattered_row=40),
-    "tiles": Kernel(_tiles_dot, _tiles_outer, gathered_row=100, scattered_row=100),
-    "ragged": Kernel(_ragged_dot, _ragged_outer, gathered_row=100, scattered_row=100),
+    "loop": Kernel(_loop_dot, _loop_outer, gathered_row=12, scattered_row=40, chunk=3 << 15),
+    "tiles": Kernel(_tiles_dot, _tiles_outer, gathered_row=100, scattered_row=100, chunk=1 << 25),
+    "ragged": Kernel(
+        _ragged_dot, _loop_outer, gathered_row=1600, scattered_row=1000, chunk=1 << 25
+    ),
 }
 BEST = {"cpu": "loop", "gpu": "tiles", "tpu": "ragged"}
-BEST_OF_SHARDS = BEST | {"gpu": "loop"}  # tiles would compute those of pairs elsewhere too
 
 
 def choose(name: str, shards: int = 1) -> Kernel:
     """The kernel of that name; 'auto' takes the one for the platform that JAX computes on."""
-    best = BEST if shards == 1 else BEST_OF_SHARDS
-    named = best.get(jax.default_backend(), "tiles") if name == "auto" else name
-    return KERNELS[named]._replace(shards=shards)
+    kernel = KERNELS[BEST.get(jax.default_backend(), "tiles") if name == "auto" else name]
+    if name == "auto" and kernel.dot is _tiles_dot and shards > 1:
+        kernel = kernel._replace(dot=_loop_dot, outer=_loop_outer)  # pairs elsewhere have no tiles
+    return kernel._replace(shards=shards)
 
 
 def one_expert(name: str) -> Kernel:

@@ -44,10 +44,10 @@ def _forward(x, w, products, ids, kernel, dtype):
 def _backward(kernel, dtype, saved, grad):
     x, w, shape, ids = saved
     if shape[1] > kernel.scattered_row * ids.shape[1]:
-        d_w = scatter_rows(grad, ids, x, w)
+        d_w = scatter_rows(grad, ids, x, w, kernel)
     else:
         d_w = rounded_dot(spread(grad, ids, shape[1]).T, x.T, dtype).astype(w.dtype)
-    return decode_rows(grad, ids, w, dtype), d_w, None, None
+    return decode_rows(grad, ids, w, kernel, dtype), d_w, None, None
 
 
 products_at.defvjp(_forward, _backward)

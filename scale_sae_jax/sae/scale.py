@@ -281,7 +281,7 @@ class ScaleSAE(nn.Module):
         values, ids = self.shards.gather(codes)
         ids = ids - self.shards.first(self.config.experts) * self.w_enc.shape[2]
         values = jnp.where((ids >= 0) & (ids < rows.shape[0]), values, 0)
-        decoded = decoding.decode_rows(values, ids, rows, self.config.dtype)
+        decoded = decoding.decode_rows(values, ids, rows, self.kernel, self.config.dtype)
         return self.shards.sum_to_owner(decoded) + self.b_dec
 
     def decoder(self) -> Float[Array, "L D"]:
