@@ -1,14 +1,18 @@
 """What a training step needs of each device as devices are added: memory, arithmetic, traffic.
 
     python -m benchmarks.scaling --d=768 --latents=24576 --experts=64 --active=2 --k=32 --batch=4096
+    pip install libtpu && python -m benchmarks.scaling --topology=v5e:2x4
 
-Compiles the step for 1, 2, 4 and 8 forced host devices, and runs nothing. One JSON line a mesh:
+Compiles the step for 1, 2, 4 and 8 devices, and runs nothing: forced host devices, or TPU chips of
+a --topology, which need not be there. One JSON line a mesh:
 
     argument_gb, temporary_gb   what XLA allots on a device, and `planned_gb`, what
-                                experiments.plan predicts for their sum
+                                experiments.plan predicts for their sum (many-expert ones alone)
     expert_state_gb             parameters and moments of experts on a device
     gflops, moved_gb            XLA's cost analysis of a device's program
     received_gb                 what it receives from other devices, and `planned_received_gb`
+    estimated_mcycles           of a TPU's step, by its compiler, which has no estimate for gathers,
+                                scatters, sorts and ragged products: to compare programs by
 
 --weak multiplies the batch by the devices. XLA counts the body of a loop once: take --kernel=tiles,
 which has no loop over experts but room for any load, to read an upper bound of the arithmetic.
@@ -18,20 +22,25 @@ which has no loop over experts but room for any load, to read an upper bound of 
 import dataclasses
 import json
 import math
+import os
 import re
+from collections.abc import Sequence
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.step import define_sizes
 from experiments import command_line
-from scale_sae_jax.config import CHOICES, OptimConfig
+from scale_sae_jax.config import OptimConfig
+from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel.experts import on_mesh
-from scale_sae_jax.parallel.mesh import DATA, EVERYWHERE, EXPERT, TOKENS, make_mesh
+from scale_sae_jax.parallel.mesh import DATA, EVERYWHERE, EXPERT, TOKENS, parse_mesh
 from scale_sae_jax.parallel.plan import plan
-from scale_sae_jax.sae import build
+from scale_sae_jax.sae import build, kernels
 from scale_sae_jax.sae.presets import preset
 from scale_sae_jax.training import state
 from scale_sae_jax.training.optim import optimiser, schedule
@@ -51,7 +60,49 @@ def define(argv: list[str]) -> None:
     flags.DEFINE_list("mesh", [], "Meshes instead of those by number: data:4/expert:2,expert:8.")
     flags.DEFINE_bool("weak", False, "A batch on each device instead of one in all.")
     flags.DEFINE_bool("auxk", False, "With the branch for dead latents.")
-    flags.DEFINE_enum("kernel", "loop", CHOICES["sae.kernel"], "How experts are multiplied.")
+    flags.DEFINE_string("topology", None, "Kind and grid of TPU chips to compile for: v5e:2x4.")
+    flags.DEFINE_enum("kernel", None, list(kernels.KERNELS), "Kernel in the platform's place.")
+
+
+def chips(topology: str) -> Sequence[jax.Device]:
+    """The devices of a TPU topology, to compile for. Raises UserError if libtpu has none such."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to wait for
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # whatever the plugin raises
+        raise UserError(
+            f"--topology={topology}: {str(error).splitlines()[0]}; it takes a grid of chips such "
+            "as v5e:2x4, and libtpu (pip install libtpu)"
+        ) from None
+
+
+def estimated_cycles(text: str) -> int:
+    """The TPU compiler's estimates for all instructions of a compiled program, summed.
+
+    A loop counts as often as it says, or once; of a conditional, the dearest branch.
+    """
+    computations = r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$\n((?:.*\n)*?)\}"
+    bodies = {name: lines.splitlines() for name, lines in re.findall(computations, text, re.M)}
+
+    @cache
+    def cycles(name: str) -> int:
+        return sum(map(of_instruction, bodies.get(name, ())))
+
+    def of_instruction(line: str) -> int:
+        if " while(" in line:
+            condition, body = re.search(r"condition=%?([\w.-]+), body=%?([\w.-]+)", line).groups()
+            bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[condition]))
+            return int(bounds[0] if len(bounds) == 1 else 1) * cycles(body)
+        if " conditional(" in line:
+            branches = re.search(r"branch_computations=\{(.*?)\}", line)[1]
+            return max(cycles(branch.strip("% ")) for branch in branches.split(","))
+        if called := re.search(r" call\(.*to_apply=%?([\w.-]+)", line):
+            return cycles(called[1])
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+        return int(estimate[1]) if estimate else 0
+
+    return cycles(re.search(r"^ENTRY %?([\w.-]+) ", text, re.M)[1])
 
 
 def received(text: str) -> int:
@@ -76,14 +127,20 @@ def received(text: str) -> int:
     return total
 
 
-def measure(spec: str, devices: int) -> dict[str, float | int | str]:
+def measure(spec: str, devices: Sequence[jax.Device]) -> dict[str, float | int | str]:
     """The line of one mesh."""
     sizes = {name: FLAGS[name].value for name in ("latents", "experts", "active", "k")}
+    platform = "tpu" if FLAGS.topology else "cpu"
     config = dataclasses.replace(
-        preset(FLAGS.preset, **sizes), kernel=FLAGS.kernel, auxk=FLAGS.auxk
+        preset(FLAGS.preset, **sizes),
+        kernel=FLAGS.kernel or kernels.BEST[platform], auxk=FLAGS.auxk,
     )
-    batch, adam = FLAGS.batch * (devices if FLAGS.weak else 1), OptimConfig()
-    mesh = make_mesh(spec, config.experts, devices)
+    axes = parse_mesh(spec, config.experts, len(devices))
+    size = math.prod(axes.values())
+    batch, adam = FLAGS.batch * (size if FLAGS.weak else 1), OptimConfig()
+    mesh = jax.make_mesh(
+        tuple(axes.values()), tuple(axes), (AxisType.Auto,) * 2, devices=devices[:size]
+    )
     sae = on_mesh(build(config, FLAGS.d), mesh)
     tx = optimiser(adam, sae.latents, 1000, config.decoder_norm)
     layout = state.layout(sae, tx, adam, mesh)
@@ -98,35 +155,47 @@ def measure(spec: str, devices: int) -> dict[str, float | int | str]:
     mean = jax.ShapeDtypeStruct((FLAGS.d,), jnp.float32)
     start = state.abstract(sae, tx, adam, mesh)
     compiled = steps.lower(start, x, 1, mean).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, cost, text = (
+        compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    )
     experts = [start.params, *(getattr(start.opt_state[2], name) for name in ("mu", "nu"))]
-    planned = plan(config, adam, FLAGS.d, batch, 1, dict(mesh.shape))
-    return {
+    line = {
         "mesh": f"data:{mesh.shape[DATA]},expert:{mesh.shape[EXPERT]}",
-        "devices": devices,
+        "devices": mesh.size,
+        "kernel": config.kernel,
         "batch": batch,
         "argument_gb": memory.argument_size_in_bytes / 1e9,
         "temporary_gb": memory.temp_size_in_bytes / 1e9,
-        "planned_gb": planned.bytes / 1e9,
         "expert_state_gb": sum(
             4 * math.prod(tree[name].sharding.shard_shape(tree[name].shape))
             for tree in experts for name in sae.module.by_expert if name in tree
         ) / 1e9,
         "gflops": cost["flops"] / 1e9,
-        "useful_gflops": planned.flops / 1e9,
         "moved_gb": cost["bytes accessed"] / 1e9,
-        "received_gb": received(compiled.as_text()) / 1e9,
-        "planned_received_gb": planned.received / 1e9,
+        "received_gb": received(text) / 1e9,
     }
+    if sae.module.by_expert:
+        planned = plan(config, adam, FLAGS.d, batch, 1, dict(mesh.shape))
+        line |= {
+            "planned_gb": planned.bytes / 1e9,
+            "planned_received_gb": planned.received / 1e9,
+            "useful_gflops": planned.flops / 1e9,
+        }
+    if FLAGS.topology:
+        line["estimated_mcycles"] = estimated_cycles(text) / 1e6
+    return line
 
 
 def main() -> None:
-    jax.config.update("jax_num_cpu_devices", 8)
-    meshes = [(spec.replace("/", ","), 8) for spec in FLAGS.mesh] or [
-        (spec, n) for n in (1, 2, 4, 8) for spec in dict.fromkeys((f"expert:{n}", f"data:{n}"))
+    if not FLAGS.topology:
+        jax.config.update("jax_num_cpu_devices", 8)
+    devices = chips(FLAGS.topology) if FLAGS.topology else jax.devices()
+    meshes = [(spec.replace("/", ","), len(devices)) for spec in FLAGS.mesh] or [
+        (spec, n) for n in (1, 2, 4, 8) if n <= len(devices)
+        for spec in dict.fromkeys((f"expert:{n}", f"data:{n}"))
     ]
-    for spec, devices in meshes:
-        print(json.dumps(measure(spec, devices)), flush=True)
+    for spec, count in meshes:
+        print(json.dumps(measure(spec, devices[:count])), flush=True)
 
 
 if __name__ == "__main__":

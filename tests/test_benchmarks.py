@@ -1,9 +1,14 @@
-"""The step benchmark as a user calls it, at a size that takes little time."""
+"""The benchmarks as a user calls them, at sizes that take little time."""
 
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
+
+from benchmarks.scaling import estimated_cycles
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--d=8", "--latents=64", "--experts=8", "--active=2", "--k=4", "--batch=64")
@@ -42,3 +47,54 @@ def test_together_is_measured_beside_alone():
     for line in lines:
         ratio = line["s_per_step_together"] / (2 * line["s_per_step"])
         assert abs(line["ratio"] / ratio - 1) < 1e-6
+
+
+def test_scaling_compiles_for_meshes_of_host_devices():
+    out = run("scaling", "--mesh=expert:1,data:2/expert:2").stdout
+    one, four = map(json.loads, out.splitlines())
+    assert (one["devices"], four["devices"]) == (1, 4)
+    assert four["mesh"] == "data:2,expert:2" and four["kernel"] == "loop"
+    assert one["received_gb"] == 0 < four["received_gb"]
+    assert abs(2 * four["expert_state_gb"] / one["expert_state_gb"] - 1) < 1e-6
+    assert "planned_gb" in one and "estimated_mcycles" not in one
+
+
+def test_a_topology_that_is_not_known_is_refused_in_a_line():
+    refused = run("scaling", "--topology=v0:1x1")
+    assert refused.returncode == 2 and "--topology=v0:1x1: " in refused.stderr
+    assert "Traceback" not in refused.stderr and not refused.stdout
+
+
+def test_estimates_count_loops_as_often_as_they_run_and_the_dearest_branch():
+    def op(name, cycles):
+        return f'  %{name} = f32[2] fusion(%x), backend_config={{"estimated_cycles":"{cycles}"}}'
+
+    text = "\n".join([
+        "%condition (p: s32[]) -> pred[] {", "  %bound = s32[]{:T(128)} constant(5)", "}",
+        "%body.1 (p: s32[]) -> s32[] {", op("a", 10), op("b", 3), "}",
+        "%unknown (p: s32[]) -> pred[] {", "  %c = pred[] compare(%p, %q)", "}",
+        "%cheap (p: s32[]) -> s32[] {", op("c", 1), "}",
+        "%dear (p: s32[]) -> s32[] {", op("d", 1000), "}",
+        "ENTRY %main (p: s32[]) -> s32[] {",
+        op("e", 100_000),
+        "  %w = s32[] while(%t), condition=%condition, body=%body.1",
+        "  %v = s32[] while(%t), condition=%unknown, body=%body.1",
+        "  %i = s32[] conditional(%p, %q), branch_computations={%cheap, %dear}",
+        "  %call = s32[] call(%q), to_apply=%cheap",
+        "}",
+    ])
+    assert estimated_cycles(text) == 100_000 + 5 * 13 + 13 + 1000 + 1
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="needs libtpu")
+@pytest.mark.parametrize("kernel", ("ragged", "tiles"))
+def test_experts_that_were_not_chosen_cost_a_tpu_nothing(kernel):
+    """Eight times as many experts of one size, by what the compiler says of a TPU's step."""
+    flops = []
+    for experts in (8, 64):
+        flags = ("--d=256", f"--experts={experts}", f"--latents={experts * 128}", "--k=16",
+                 "--batch=2048", "--topology=v5e:2x4", "--mesh=expert:1", f"--kernel={kernel}")
+        (line,) = map(json.loads, run("scaling", *flags).stdout.splitlines())
+        assert line["estimated_mcycles"] > 0
+        flops.append(line["gflops"])
+    assert flops[1] < 2 * flops[0]

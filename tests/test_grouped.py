@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scale_sae_jax.sae import kernels
-from scale_sae_jax.sae.grouped import grouped_dot, grouped_dot_at, grouped_sum
+from scale_sae_jax.sae.grouped import grouped_dot, grouped_dot_at, grouped_sum, spread
 from scale_sae_jax.sae.groups import group
 
 T, N, D, M = 150, 5, 7, 6
@@ -185,3 +185,10 @@ def test_auto_takes_the_kernel_of_the_platform(monkeypatch):
     assert (of_shards.dot, of_shards.outer, of_shards.shards) == (loop.dot, loop.outer, 2)
     assert of_shards.chunk == kernels.KERNELS["tiles"].chunk
     assert kernels.choose("tiles", shards=2).dot == kernels.KERNELS["tiles"].dot
+
+
+def test_a_nan_in_one_row_stays_in_it():
+    places = jnp.asarray([[1, 2], [0, 3], [2, 9]])
+    dense = spread(jnp.asarray([[jnp.nan, 1.0], [2.0, 3.0], [4.0, 5.0]]), places, 4)
+    expected = [[0, np.nan, 1, 0], [2, 0, 0, 3], [0, 0, 4, 0]]
+    np.testing.assert_array_equal(dense, expected)

@@ -25,7 +25,7 @@ class Autoencoder:
 
     All methods are pure functions of `params` and their arrays, and can be used inside `jax.jit`.
     Activations are floats [..., D], NumPy or JAX, taken as float32 (`config.dtype` may round the
-    operands of products); codes are sparse: `Codes`.
+    operands of products); codes are sparse: `Codes`. No activations, [0, D], have no codes, [0, K].
     """
 
     module: nn.Module
@@ -67,14 +67,14 @@ class Autoencoder:
 
     def encode(self, params: Params, x: Float[AnyArray, "*T D"]) -> Codes:
         """Sparse codes of x, K slots each."""
-        codes = self._apply(params, "encode", self._rows(x))
-        return Codes(*(part.reshape(*x.shape[:-1], -1) for part in codes))
+        codes = self._by_row(params, "encode", self._rows(x))
+        return Codes(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in codes))
 
     def decode(self, params: Params, codes: Codes) -> Float[Array, "*T D"]:
         """Activations from codes: b_dec + sum of value * decoder row."""
         *leading, slots = codes.values.shape
         rows = Codes(*(jnp.asarray(part).reshape(-1, slots) for part in codes))
-        return self._apply(params, "decode", rows).reshape(*leading, self.width)
+        return self._by_row(params, "decode", rows).reshape(*leading, self.width)
 
     def reconstruct(self, params: Params, x: Float[AnyArray, "*T D"]) -> Float[Array, "*T D"]:
         """decode(encode(x))."""
@@ -82,8 +82,8 @@ class Autoencoder:
 
     def route(self, params: Params, x: Float[AnyArray, "*T D"]) -> Routing:
         """Router probabilities and the selected experts."""
-        routed = self._apply(params, "route", self._rows(x))
-        return Routing(*(part.reshape(*x.shape[:-1], -1) for part in routed))
+        routed = self._by_row(params, "route", self._rows(x))
+        return Routing(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in routed))
 
     def decoder(self, params: Params) -> Float[Array, "L D"]:
         """Decoder rows in the order of global latent ids."""
@@ -129,6 +129,14 @@ class Autoencoder:
                 f"activations have {x.shape[-1]} coordinates, this autoencoder takes {self.width}"
             )
         return jnp.asarray(x, jnp.float32).reshape(-1, self.width)
+
+    def _by_row(self, params: Params, method: str, rows: Any) -> Any:
+        """Arrays [T, ...] from a pytree of arrays [T, ...], T = 0 included."""
+        if jax.tree.leaves(rows)[0].shape[0]:
+            return self._apply(params, method, rows)
+        # Modules take one row at least: a row of zeros gives the shapes, and is cut away.
+        blank = jax.tree.map(lambda part: jnp.zeros((1, *part.shape[1:]), part.dtype), rows)
+        return jax.tree.map(lambda part: part[:0], self._apply(params, method, blank))
 
     def _apply(self, params: Params, method: str, *args: Any) -> Any:
         return self.module.apply({"params": params}, *args, method=method)

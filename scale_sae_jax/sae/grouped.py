@@ -137,7 +137,8 @@ def spread(
 
     The zeros hang on the values: equal zeros XLA would make once, keep, and copy for every call.
     """
-    zero = jnp.isnan(values[0, 0]).astype(values.dtype)
+    first = values[0, 0]
+    zero = (jnp.isnan(first) & jnp.isinf(first)).astype(values.dtype)  # which is never so
     zeros = jnp.broadcast_to(zero, (values.shape[0], width))
     return zeros.at[jnp.arange(values.shape[0])[:, None], places].add(values)
 

@@ -204,8 +204,8 @@ def _ragged_dot(
     )
 
 
-# Costs: on CPUs measured; on TPUs by the compiler's estimate (benchmarks/scaling.py --topology),
-# which leaves the gathering itself out; on GPUs a guess.
+# What gathering costs was measured on CPUs; on TPUs it is the compiler's estimate
+# (docs/performance.md), on GPUs a guess.
 KERNELS = {
     "loop": Kernel(_loop_dot, _loop_outer, gathered_row=12, scattered_row=40, chunk=3 << 15),
     "tiles": Kernel(_tiles_dot, _tiles_outer, gathered_row=100, scattered_row=100, chunk=1 << 25),
