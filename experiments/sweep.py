@@ -9,7 +9,8 @@ anew, delete its cell.json. DIR/results.csv and .parquet hold a row for each fin
 grid, with the command that runs it alone. Several processes can run it as one program, as
 experiments.train. Cells of one shape (seeds, say) share compiled programs, and with --together=4
 up to four that differ in seed, learning rate and L0 alone train in one step, on one device or
-spread over several; of the time of such a company, each cell is billed its share.
+spread over several (on a stream: in the latter two); of the time of such a company, each cell is
+billed its share.
 
 Exit status: 0 done or stopped, 1 if a cell failed, 2 for a user's mistake.
 """
@@ -113,7 +114,9 @@ def run_cells(
             left = to_run - ran
             ends = str(timedelta(seconds=round(each * left))) if ran and left else ""
             say(f"{cell.name:<{width}}{summary(results)}{ends:>11}")
-        shared = {key: inputs for key, inputs in shared.items() if key in keys[number:]}
+        # A stream holds a model and a buffer on the devices: only the next cell may keep it there.
+        ahead = keys[number:][:1] if cell.config.activations.buffer else keys[number:]
+        shared = {key: inputs for key, inputs in shared.items() if key in ahead}
     return failed
 
 

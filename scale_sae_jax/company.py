@@ -2,7 +2,8 @@
 
     DIR/together-HASH/cells.json  DIR/together-HASH/checkpoints/
 
-A company is cells whose settings differ in seed, learning rate and L0 alone. Its folder is there
+A company is cells whose settings differ in seed, learning rate and L0 alone (on a stream, whose
+batches depend on the seed, in the latter two). Its folder is there
 from its first step until each of its cells has its last checkpoint, so that a killed sweep goes on
 with the same companies.
 """

@@ -111,7 +111,8 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
     if config.synthetic.features:
         return Sources(*open_synthetic(config.synthetic), None)
     if config.activations.is_array:
-        return Sources(*open_array(config.activations.path, config.text.heldout_fraction), None)
+        path, ratio = config.activations.path, config.activations.max_norm_ratio
+        return Sources(*open_array(path, config.text.heldout_fraction, ratio), None)
     lm = load_language_model(config.lm)
     if config.activations.buffer:
         mesh = mesh_of_run(config, _experts(config))
@@ -221,7 +222,7 @@ def evaluate_run(
     params: Params,
     console: Console = Console(),
 ) -> dict[str, Any]:
-    """Measures a trained autoencoder and writes eval.json and evals/TEXT.json.
+    """Measures a trained autoencoder and writes evals/TEXT.json; eval.json too on its own text.
 
     Args:
       text: where `heldout` was read from.
@@ -263,7 +264,8 @@ def evaluate_run(
     if processes.leads():
         (workdir / "evals").mkdir(exist_ok=True)
         folders.write_json(workdir / "evals" / f"{name}.json", results)
-        folders.write_json(workdir / "eval.json", results)
+        if sources.lm is None or text == config.text:
+            folders.write_json(workdir / "eval.json", results)
     return results
 
 

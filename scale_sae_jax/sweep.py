@@ -60,6 +60,10 @@ OTHER_TEXT = (
     "fvu", "fvu_ci95", "mse", "delta_ce", "delta_ce_ci95", "recovered", "l0", "eval_tokens",
     "eval_documents", "eval_documents_skipped",
 )
+# What a stream's batches depend on beside their source; the last three may decide the mesh.
+OF_A_STREAM = (
+    "seed", "steps", "batch_size", "mesh", "sae.architecture", "sae.experts", "sae.match",
+)
 Axes = dict[str, str | int | float | bool]
 # By `inputs_key`: the sources, and the held-out reading of each text.
 Shared = dict[str, tuple[Sources, dict[str, Heldout]]]
@@ -163,21 +167,31 @@ def select(cells: list[Cell], text: str) -> list[Cell]:
 
 
 def place(here: Cell, workdir: Path) -> Cell:
-    """The cell with the store of its activations in `workdir`, by a hash of all that it holds."""
-    if here.config.activations.path or not here.config.lm.path:
+    """The cell with the store of its activations in `workdir`, by a hash of all that it holds.
+
+    One that needs no store, with an array, a buffer or synthetic data, is returned as it is.
+    """
+    activations = here.config.activations
+    if activations.path or activations.buffer or not here.config.lm.path:
         return here
     path = Path(os.path.abspath(workdir / f"activations-{digest(_source_settings(here.config))}"))
     if path.is_relative_to(Path.cwd()):  # a checkout may be moved with its runs
         path = path.relative_to(Path.cwd())
-    activations = dataclasses.replace(here.config.activations, path=str(path))
+    activations = dataclasses.replace(activations, path=str(path))
     return dataclasses.replace(
         here, config=dataclasses.replace(here.config, activations=activations)
     )
 
 
 def inputs_key(config: Config) -> str:
-    """Equal for cells that share sources and held-out batches."""
-    return digest({**_source_settings(config), "eval.tokens": config.eval.tokens})
+    """Equal for cells that share sources and held-out batches.
+
+    A store is read by seed and step; a stream makes the batches of one run, so runs share it only
+    where they draw the same ones.
+    """
+    flat = flatten(dataclasses.asdict(config))
+    names = ("eval.tokens", *(OF_A_STREAM if config.activations.buffer else ()))
+    return digest({**_source_settings(config), **{name: flat[name] for name in names}})
 
 
 def _source_settings(config: Config) -> dict[str, Any]:
@@ -215,8 +229,8 @@ def training_flops(config: Config, width: int) -> float:
 def finished(here: Cell, workdir: Path) -> dict[str, Any] | None:
     """The results of a cell that was run with these very settings; None if it is to be run.
 
-    They are read from cell.json, which is written last: eval.json may since hold an evaluation on
-    another text, or be older than the settings.
+    They are read from cell.json, which is written last: eval.json may be older than the settings,
+    or since hold another evaluation.
     """
     try:
         record = folders.read_json(workdir / here.name / "cell.json", "a finished cell")

@@ -126,12 +126,15 @@ def test_evaluate_repeats_the_result_and_takes_other_texts(trained, data):
     call("evaluate", "--workdir", str(workdir), "--step=best")
     assert results(workdir) == before
     call("evaluate", f"--workdir={workdir}", f"--config.text.path={data}/other.jsonl")
-    other = results(workdir)
+    assert results(workdir) == before
+    other = json.loads((workdir / "evals" / "other.json").read_text())
     assert set(other) >= KEYS and other["eval_text"] == f"{data}/other.jsonl"
     assert other["fvu"] != before["fvu"] and other["tokens_seen"] == before["tokens_seen"]
     text = {"text.path": data / "docs.jsonl", "text.where": "", "text.context": 16}
     call("evaluate", *flags(workdir, "biomedical.py", **{"eval.tokens": 64, **text}))
-    assert results(workdir)["eval_tokens"] <= 64 and read_config(workdir).eval.tokens == 512
+    assert results(workdir) == before and read_config(workdir).eval.tokens == 512
+    docs = json.loads((workdir / "evals" / "docs.json").read_text())
+    assert docs["eval_tokens"] <= 64 and docs["eval_text"] == before["eval_text"]
     assert {path.stem for path in (workdir / "evals").iterdir()} == {"docs", "other"}
 
 
@@ -282,8 +285,12 @@ def test_mistakes_are_told_in_one_line_with_status_2(data, tmp_path, trained):
         (["evaluate", run, "--step=7"], "checkpoint 7: there are 30"),
         (["evaluate", run, "--config.foo=1"], "--config.foo"),
         (["evaluate", run, "--config.text.path=absent.jsonl"], "absent.jsonl"),
+        (["evaluate", run, "--config.sae.k=1"], "--config.sae.k=1 would do nothing"),
+        (["evaluate", run, "--config.activations.max_norm_ratio=0.5"], "the run has 10.0 and only"),
+        (["evaluate", *text_flags(data, trained[0]), "--config.seed=1"], "--config.seed=1"),
         (["train", *text_flags(data, trained[0]), "--config.seed=1"], "config.seed = 0"),
         (["dashboard", run, "--latents=60-64"], "'60-64' must lie between 0 and 63"),
+        (["dashboard", run, "--config.eval.tokens=9"], "only config.text may change"),
         (["dashboard", run, "--latents=all"], "'all' is no id and no range"),
         (["dashboard", run, "--neuronpedia=model"], "MODEL_ID/SAE_SET"),
         (["dashboard", f"--workdir={data}"], "config.json"),
@@ -293,6 +300,10 @@ def test_mistakes_are_told_in_one_line_with_status_2(data, tmp_path, trained):
         (["export", run, f"--to={tmp_path}/a", "--format=sae_lens", "--expert=0"], "2 experts"),
         (["export", run, f"--to={tmp_path}/a", "--format=delphi", "--sae_id=b"], "--sae_id is for"),
         (["export", run, "--to=nobody", "--format=hub"], "owner/name"),
+        (["export", run, f"--to={tmp_path}/a", "--format=delphi", "--config.sae.k=1"],
+         "only config.text and config.eval.tokens may change"),
+        (["export", run, f"--to={tmp_path}/a", "--format=sae_lens", "--config.eval.tokens=9"],
+         "no setting may change"),
     ]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKING, str(tmp_path)],

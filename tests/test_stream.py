@@ -71,6 +71,49 @@ def test_no_activation_of_a_buffer_is_seen_twice(tmp_path):
     assert len(np.unique(np.asarray(x)[0, :, 0])) == T
 
 
+def write_documents(path, lengths):
+    rng = np.random.default_rng(1)
+    lines = (" ".join(f"w{i}" for i in rng.integers(2, 40, length)) for length in lengths)
+    path.write_text("\n".join(lines))
+
+
+def one_a_row(tmp_path, lengths, **changes):
+    """Settings with rows of one document each, and documents of so many words."""
+    write_documents(tmp_path / "text.txt", lengths)
+    config = config_of(tmp_path, **changes)
+    activations = dataclasses.replace(config.activations, max_norm_ratio=0.0)
+    text = dataclasses.replace(config.text, packing="one")
+    return dataclasses.replace(config, activations=activations, text=text)
+
+
+@pytest.mark.parametrize("documents", (400, 70))
+def test_rows_with_much_padding_fill_a_buffer_without_repeats(documents, tmp_path):
+    """Each position gives the words of its document, and its number."""
+
+    class Reading(type(model())):
+        def run_to(self, params, tokens, segments, layer):
+            words = jax.numpy.broadcast_to(tokens[:, None, :7], (*tokens.shape, 7))
+            place = jax.numpy.broadcast_to(np.arange(16)[:, None], (*tokens.shape, 1))
+            return jax.numpy.concatenate([words, place], -1).astype(np.float32)
+
+    base, config = model(), one_a_row(tmp_path, documents * [6])
+    stream = ActivationStream(
+        Reading(base.params, base.tokenizer), config, make_mesh("data:2,expert:4", 8)
+    )
+    for number in range(3):  # the text of 70 documents begins again within the second
+        buffer = np.asarray(stream.batches(BUFFER * number, BUFFER * (number + 1), BUFFER))
+        assert len(np.unique(buffer.reshape(-1, D), axis=0)) == BUFFER * T
+
+
+def test_a_buffer_that_later_text_does_not_fill_is_refused(tmp_path):
+    config = one_a_row(tmp_path, 200 * [15] + 400 * [2])
+    stream = stream_of(config)
+    stream.batches(0, 1, 1)
+    with pytest.raises(UserError, match=r"buffer 1\d keep \d+ of the 24 .*packing=pack"):
+        for number in range(20):
+            stream.batches(BUFFER * number, BUFFER * number + 1, 1)
+
+
 def test_buffers_are_a_function_of_their_number(tmp_path):
     config = config_of(tmp_path)
     forward = stream_of(config)

@@ -95,7 +95,7 @@ def test_a_product_varies_the_last_list_fastest_and_lists_add_up():
         ("architectures.py:seeds=2", 32),
         ("architectures.py:data=synthetic,only=topk+ours,seeds=1", 3),
         ("learning_rates.py", 40),
-        ("ours.py:seeds=2", 32),
+        ("ours.py:seeds=2", 30),
         ("l0_by_experts.py:data=owt,rates=published,seeds=1", 39),
         ("l0_by_experts.py", 117),
         ("active.py", 60),
@@ -160,6 +160,23 @@ def test_cells_share_what_decides_their_activations(tmp_path):
     assert sweep.place(own, tmp_path) == own
 
 
+def test_cells_on_a_stream_have_no_store_and_share_where_they_draw_the_same_batches(tmp_path):
+    text = dataclasses.replace(Config().text, path="docs.jsonl")
+    source = settings("", lm=dataclasses.replace(Config().lm, path="lm"), text=text)
+
+    def key(**changes):
+        here = cell({}, source, {"activations.buffer": 2, **changes})
+        assert sweep.place(here, tmp_path) == here
+        return sweep.inputs_key(here.config)
+
+    first = {"seed": 0, "batch_size": 64, "steps": 9, "mesh": "", "sae.experts": 4}
+    first |= {"activations.tokens": 5, "sae.k": 4}
+    other = {"seed": 1, "batch_size": 128, "steps": 8, "mesh": "data:1,expert:1", "sae.experts": 2}
+    keys = {key(**first | {name: value}) for name, value in other.items()}
+    assert len(keys | {key(**first)}) == 1 + len(other)
+    assert key(**first) == key(**first, **{"optim.lr": 1.0}) == key(**first | {"sae.k": 3})
+
+
 # Running, with the run itself left out
 
 
@@ -193,6 +210,19 @@ def fake(monkeypatch):
 def fake_cells(seeds, arrays=("a", "b")):
     points = product(axis("array", arrays), axis("seed", seeds))
     return [cell(p, settings(f"{p['array']}.npy"), {"seed": p["seed"]}) for p in points]
+
+
+def test_a_stream_is_let_go_unless_the_next_cell_takes_it(tmp_path, fake, monkeypatch):
+    points = product(axis("k", (4, 8)), axis("seed", (0, 1)))
+    monkeypatch.setattr(sweep, "finished", lambda *_: None)
+    for buffer, opened in ((0, 1), (2, 4)):
+        fake.clear()
+        grid = [
+            cell(p, settings(), {"seed": p["seed"], "sae.k": p["k"], "activations.buffer": buffer})
+            for p in points
+        ]
+        assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
+        assert sum(call.startswith("sources") for call in fake) == opened
 
 
 def test_cells_run_in_order_and_share_and_finished_ones_are_skipped(tmp_path, fake, capsys):
@@ -323,6 +353,7 @@ def test_cells_on_text_share_one_harvest_and_one_reading(data, tmp_path, monkeyp
         (found,) = (e for e in evals if e is not on_other)
         assert row["other_fvu"] == on_other["fvu"] != row["fvu"]
         assert row["other_eval_tokens"] == on_other["eval_tokens"] > 0
+        assert json.loads((tmp_path / row["folder"] / "eval.json").read_text()) == found
         assert [row["fvu_ci95_lo"], row["fvu_ci95_hi"]] == found.pop("fvu_ci95")
         kept = {key: value for key, value in found.items() if not isinstance(value, list)}
         assert kept.items() <= row.items() and kept["eval_documents"] > 1
@@ -479,6 +510,30 @@ def test_a_company_that_was_stopped_goes_on_as_it_was(data, tmp_path, monkeypatc
         assert all(ours[key] == theirs[key] for key in ours.keys() - TIMES)
     lines = read_lines(broken / failed[0] / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 10, 20, 30]
+
+
+def test_cells_on_a_stream_train_with_those_that_draw_the_same_batches(data, tmp_path):  # noqa: F811
+    small = {
+        "lm.path": f"{data}/gpt2", "lm.rows_per_batch": 8, "text.path": f"{data}/docs.jsonl",
+        "text.heldout_fraction": 0.2, "text.context": 32, "activations.buffer": 2,
+        "sae.latents": 64, "sae.experts": 4, "sae.auxk": False,
+        "steps": 4, "log_every": 2, "eval.tokens": 256, "eval.bootstrap": 5,
+    }
+    grid = [
+        cell({"k": k, "batch": batch}, to_config_dict(Config()),
+             {**small, "sae.k": k, "batch_size": batch})
+        for k, batch in ((4, 64), (8, 64), (4, 128))
+    ]
+    grid = [sweep.place(here, tmp_path) for here in grid]
+    other_seed = cell({"k": 4, "batch": 64}, to_config_dict(grid[0].config), {"seed": 1})
+    assert company(grid[0], [grid[0], other_seed], tmp_path, 4) == []
+    assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND, 4) == []
+    rows = table.read_rows(tmp_path)
+    assert [row["trained_together"] for row in rows] == [2, 2, 1]
+    assert [row["tokens_seen"] for row in rows] == [4 * 64, 4 * 64, 4 * 128]
+    for here in grid:
+        assert sweep.finished(here, tmp_path) is not None
+        assert scale_sae_jax.load(tmp_path / here.name)[0].k == here.axes["k"]
 
 
 def test_cells_do_not_train_together_in_several_processes(monkeypatch):

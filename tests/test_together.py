@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sums import sums_of_three
+from test_stream import config_of as on_a_stream
+from test_stream import stream_of
 from test_training import BATCH, CONFIG, ROWS, SAE, Rows, leaves, records
 
 import scale_sae_jax
@@ -131,7 +133,24 @@ def test_runs_are_spread_over_devices(activations, tmp_path, devices):
     assert where == 2  # as many as divide the runs
 
 
-def test_activations_that_devices_make_are_shared(tmp_path):
+def test_runs_on_a_stream_share_the_batches_that_each_draws_alone(tmp_path):
+    config = dataclasses.replace(on_a_stream(tmp_path), mesh="data:1,expert:1")
+    assert shape(config) != shape(dataclasses.replace(config, seed=1))
+    configs = [
+        dataclasses.replace(
+            config, sae=dataclasses.replace(config.sae, k=k), optim=OptimConfig(lr=lr)
+        )
+        for k, lr in ((2, 1e-3), (4, 3e-3))
+    ]
+    assert shape(configs[0]) == shape(configs[1])
+    _, states = together(configs, stream_of(config, config.mesh), tmp_path)
+    for place, own in enumerate(configs):
+        alone = tmp_path / f"alone-{place}"
+        folders.claim(own, alone)
+        assert_near(states[place], train(own, stream_of(own, own.mesh), alone, Event()).state)
+
+
+def test_runs_on_synthetic_activations_take_the_steps_that_they_take_alone(tmp_path):
     source, _ = open_synthetic(SyntheticConfig(features=64, d=16, roots=8, branching=2, depth=2))
     configs = configs_of()
     _, states = together(configs, source, tmp_path)

@@ -2,14 +2,16 @@
 
 Training takes its batches from a buffer of `config.activations.buffer` batches. The model fills it
 from the next rows of text; each device shuffles the activations of its own rows, and gives batches
-until the buffer is used up. Of several processes each reads its own documents, every P-th of the
-text. What a buffer holds is a pure function of the text, the seed and its number, so a resumed run
-goes on with the same batches, on the same mesh and processes. Nothing is written, and no activation
-passes through a host; tokens that the masks leave out are never trained on.
+until the buffer is used up. It reads as many rows as fill it, judged by what the masks keep of the
+first ones, and takes no activation of them twice. Of several processes each reads its own
+documents, every P-th of the text. What a buffer holds is a pure function of the text, the seed and
+its number, so a resumed run goes on with the same batches, on the same mesh and processes. Nothing
+is written, and no activation passes through a host; tokens that the masks leave out are never
+trained on.
 """
 
-from collections.abc import Iterator
-from itertools import chain, islice, repeat
+from collections.abc import Iterable, Iterator
+from itertools import islice, repeat
 from typing import Any
 
 import jax
@@ -25,17 +27,19 @@ from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.parallel.mesh import EVERYWHERE, TOKENS
 from scale_sae_jax.sae.shards import DATA, EXPERT
-from scale_sae_jax.text.packing import TokenRows, pack, row_batches
+from scale_sae_jax.text.packing import TokenRow, TokenRows, pack, row_batches
 from scale_sae_jax.text.splits import document_hash, training_documents
 
-SPARE = 1.1  # rows for so many times the activations that a buffer needs
+# A buffer reads rows for SPARE times the activations that it needs, as later text may keep less;
+# and by chance a device's rows keep so many standard deviations less than they do on average.
+SPARE, DEVIATIONS = 1.1, 4.0
 BATCHES = PartitionSpec(None, *TOKENS)
 
 
 class ActivationStream:
     """The output of one block of a model on endless passes over the training text.
 
-    mean, median_norm: of the kept activations of the first buffer, which later ones are held
+    mean, median_norm: of the kept activations of the first rows, which later ones are held
     against. n: activations that one run takes, counted as `batch_size * steps`. d: their width.
     """
 
@@ -43,12 +47,11 @@ class ActivationStream:
         self._lm, self._config, self._mesh = lm, config, mesh
         self._params = params_on(mesh, lm, config.lm)
         self._rows_per_call = -(-config.lm.rows_per_batch // mesh.size) * mesh.size
-        wanted = SPARE * config.activations.buffer * config.batch_size / (config.text.context - 1)
-        self._calls = -(-int(np.ceil(wanted)) // self._rows_per_call)
+        self._needed = config.activations.buffer * (config.batch_size // mesh.size)  # by a device
         self._run, self._mix = jax.jit(self._forward), self._make_mix()
         self._number, self._buffer = -1, None
         self._rows: Iterator[TokenRows] = iter(())
-        self.median_norm, self.mean = self._statistics()
+        self.median_norm, self.mean, self._calls = self._statistics()
         self.d, self.n = len(self.mean), config.batch_size * config.steps
 
     @property
@@ -82,36 +85,49 @@ class ActivationStream:
         norms = jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1)
         return hidden, allowed & ~(norms > limit), norms
 
-    def _calls_of(self, number: int, limit: float) -> Iterator[tuple[Array, Array, Array]]:
+    def _calls_of(self, number: int) -> Iterator[tuple[Array, Array, Array]]:
         """The model on the rows of buffer `number`; goes on in the text if it is the next one."""
         if number != self._number + 1 or number == 0:
             self._rows = islice(self._endless_rows(), number * self._calls, None)
+        yield from self._model_on(islice(self._rows, self._calls), self._limit)
+        self._number = number
+
+    def _model_on(
+        self, calls: Iterable[TokenRows], limit: float
+    ) -> Iterator[tuple[Array, Array, Array]]:
+        """What `_forward` returns for the rows of each call."""
         by_row = NamedSharding(self._mesh, TOKENS)
         special = self._lm.tokenizer.special_ids
-        for rows in islice(self._rows, self._calls):
+        for rows in calls:
             flags = token_flags(rows.tokens, rows.segments, special)
             inputs = rows.tokens, rows.segments, keep(flags, self._config.activations)
             here = (jax.make_array_from_process_local_data(by_row, array) for array in inputs)
             yield self._run(self._params, *here, np.float32(limit))
-        self._number = number
 
     def _endless_rows(self) -> Iterator[TokenRows]:
-        """This process's rows of each call, passes over its documents one after the other."""
+        """This process's rows of each call, passes over its documents one after the other.
+
+        A call may end one pass and begin the next: rows of padding would leave a buffer short.
+        """
         text, tokenizer = self._config.text, self._lm.tokenizer
         number, count = jax.process_index(), jax.process_count()
 
-        def one_pass() -> Iterator[TokenRows]:
+        def one_pass() -> Iterator[TokenRow]:
             documents = islice(training_documents(text), number, None, count)
-            rows = pack(documents, tokenizer, text.context, text.packing, text.bos)
-            return row_batches(rows, self._rows_per_call // count)
+            return pack(documents, tokenizer, text.context, text.packing, text.bos)
 
         if next(one_pass(), None) is None:
             raise UserError(f"{text.path} has no document to train on: give more text")
-        return chain.from_iterable(one_pass() for _ in repeat(None))
+        rows = (row for _ in repeat(None) for row in one_pass())
+        return row_batches(rows, self._rows_per_call // count)
 
-    def _statistics(self) -> tuple[float, Float32[np.ndarray, " D"]]:
-        """Median norm of the first buffer's activations, and mean of those that are no outliers."""
-        results = list(self._calls_of(0, np.inf))
+    def _statistics(self) -> tuple[float, Float32[np.ndarray, " D"], int]:
+        """Of the first rows: median norm, mean without outliers, and calls that a buffer takes.
+
+        They are as many rows as would fill a buffer if all of their positions were kept.
+        """
+        calls = self._calls_for(self._config.text.context - 1.0, 0.0)
+        results = list(self._model_on(islice(self._endless_rows(), calls), np.inf))
         kept = np.concatenate([processes.everywhere(r[1]) for r in results])
         norms = np.concatenate([processes.everywhere(r[2]) for r in results])
         if not kept.any():
@@ -126,14 +142,26 @@ class ActivationStream:
         ratio = self._config.activations.max_norm_ratio
         self._limit = ratio * median if ratio else np.inf
 
-        def add(hidden: Array, kept: Array, norms: Array) -> tuple[Array, Array]:
+        def add(hidden: Array, kept: Array, norms: Array) -> Array:
             inside = kept & (norms <= self._limit)
-            return jnp.where(inside[..., None], hidden, 0).astype(jnp.float32).sum((0, 1)), \
-                inside.sum()
+            return jnp.where(inside[..., None], hidden, 0).astype(jnp.float32).sum((0, 1))
 
         sums = [processes.everywhere(jax.jit(add)(*result)) for result in results]
-        total, count = (np.sum(part, axis=0, dtype=np.float64) for part in zip(*sums, strict=True))
-        return median, (total / count).astype(np.float32)
+        by_row = (kept & (norms <= self._limit)).sum(1)
+        if not by_row.any():
+            raise UserError(f"config.activations.max_norm_ratio = {ratio} leaves no activation: "
+                            "raise it, or take 0 to keep all")
+        mean = (np.sum(sums, axis=0, dtype=np.float64) / by_row.sum()).astype(np.float32)
+        return median, mean, self._calls_for(by_row.mean(), by_row.std())
+
+    def _calls_for(self, mean: float, deviation: float) -> int:
+        """Calls that fill a buffer with rows of which so many activations are kept.
+
+        The least R rows a device with R mean - DEVIATIONS deviation sqrt(R) >= SPARE needed.
+        """
+        chance = DEVIATIONS * deviation
+        root = (chance + np.sqrt(chance**2 + 4 * mean * SPARE * self._needed)) / (2 * mean)
+        return int(np.ceil(root**2 * self._mesh.size / self._rows_per_call))
 
     def _buffer_of(self, number: int) -> Float32[Array, "B T D"]:
         """The batches of buffer `number`; the one used last is kept."""
@@ -143,14 +171,16 @@ class ActivationStream:
         return self._buffer[1]
 
     def _fill(self, number: int) -> Float32[Array, "B T D"]:
-        results = list(self._calls_of(number, self._limit))
+        results = list(self._calls_of(number))
         hidden, kept = ([r[place] for r in results] for place in (0, 1))
         key = jax.random.fold_in(jax.random.key(self._config.seed), number)
         mixed, fewest = self._mix(hidden, kept, key)
-        if int(fewest) == 0:
+        if int(fewest) < self._needed:
             raise UserError(
-                f"buffer {number} of activations leaves a device without one: raise "
-                "--config.activations.buffer or --config.lm.rows_per_batch"
+                f"config.activations.buffer: the rows of buffer {number} keep {int(fewest)} of the "
+                f"{self._needed} activations that each device needs, far less than the first rows: "
+                "shuffle the documents, take --config.text.packing=pack, or train from a store "
+                "(buffer=0)"
             )
         return mixed
 
@@ -164,10 +194,8 @@ class ActivationStream:
             inside = jnp.concatenate([k.reshape(-1) for k in kept])
             key = jax.random.fold_in(key, jax.lax.axis_index((DATA, EXPERT)))
             order = jnp.where(inside, jax.random.uniform(key, inside.shape), 2.0).argsort()
-            count = inside.sum()
-            taken = order[jnp.arange(batches * own) % jnp.maximum(count, 1)]
-            x = flat[taken].astype(jnp.float32).reshape(batches, own, -1)
-            return x, jax.lax.pmin(count, (DATA, EXPERT))
+            x = flat[order[: self._needed]].astype(jnp.float32).reshape(batches, own, -1)
+            return x, jax.lax.pmin(inside.sum(), (DATA, EXPERT))
 
         return jax.jit(jax.shard_map(
             on_device, mesh=self._mesh, in_specs=(TOKENS, TOKENS, EVERYWHERE),

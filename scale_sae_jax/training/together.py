@@ -2,7 +2,8 @@
 
 Their states lie in one `TrainState` whose arrays, but for the step, have a leading axis [U] of
 runs, split over the devices. A run with less than the largest L0 leaves slots unused. Each run
-takes the steps that it takes alone, up to rounding.
+takes the steps that it takes alone, up to rounding; those on a stream have one seed, for it makes
+the batches of that seed.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ def shape(config: Config) -> Config:
     """Equal for runs that can train together."""
     return dataclasses.replace(
         config,
-        seed=0,
+        seed=config.seed if config.activations.buffer else 0,
         optim=dataclasses.replace(config.optim, lr=0.0),
         sae=dataclasses.replace(config.sae, k=config.sae.active),
     )
@@ -87,7 +88,7 @@ def program_of(configs: list[Config], activations: Activations) -> Program:
     seeds = np.array([config.seed % 2**32 for config in configs], np.uint32)
     peaks = np.array([learning_rate(c.optim, sae.latents) for c in configs], np.float32)
     mesh = _mesh(len(configs))
-    on_devices = isinstance(activations, OnDevices)  # one batch for all runs
+    on_devices = isinstance(activations, OnDevices)  # as all runs draw the same batches
     of_batch = None if on_devices else 0
 
     def of_run(l0: Array, peak: Array):
