@@ -91,6 +91,7 @@ def main() -> None:
     trained, asked = read_config(workdir), from_config_dict(FLAGS.config)
     if not trained.lm.path:
         raise UserError(f"{workdir} was trained without a language model: there is no text to show")
+    evaluate.refuse_unused(trained, asked, ("text",))
     names, folder = names_of_neuronpedia(), Path(FLAGS.to or workdir / "dashboard")
     text = evaluate.text_asked_for(asked.text, trained.text)
     config = dataclasses.replace(

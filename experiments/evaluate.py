@@ -5,10 +5,12 @@
     python -m experiments.evaluate --workdir=runs/quickstart --config=configs/biomedical.py
 
 Settings start from the run's config.json. A config file takes the place of its text and eval
-sections. Writes eval.json (the last evaluation) and evals/TEXT.json into the folder of the run.
+sections; no other setting can be changed. Writes evals/TEXT.json into the folder of the run, and
+eval.json for the text of the run itself.
 """
 
 import dataclasses
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from threading import Event
 
@@ -18,7 +20,8 @@ from ml_collections import config_flags
 from experiments import command_line
 from experiments.console import Bars, table
 from scale_sae_jax import load
-from scale_sae_jax.config import TextConfig, from_config_dict, to_config_dict
+from scale_sae_jax.config import Config, TextConfig, flatten, from_config_dict, to_config_dict
+from scale_sae_jax.errors import UserError
 from scale_sae_jax.run import check_sources, evaluate_run, open_sources, read_heldout
 from scale_sae_jax.workdir import read_config
 
@@ -38,6 +41,32 @@ def define(argv: list[str]) -> None:
     flags.mark_flag_as_required("workdir")
 
 
+def refuse_unused(trained: Config, asked: Config, used: Collection[str]) -> None:
+    """Refuses a flag --config.NAME that would change a setting which the command does not read.
+
+    Args:
+      used: sections and settings that it reads from `asked`, such as 'text' and 'eval.tokens'; all
+        else comes from `trained`. What a config file says of that may differ, flags may not.
+
+    Raises UserError.
+    """
+    old, new = (flatten(dataclasses.asdict(config)) for config in (trained, asked))
+    flags_given = config_flags.get_override_values(FLAGS["config"])
+    for name in (name for name in new if old[name] != new[name]):
+        if _lies_in(name, flags_given) and not _lies_in(name, used):
+            may = " and ".join(f"config.{part}" for part in used)
+            here = f"only {may} may change here" if used else "no setting may change here"
+            raise UserError(
+                f"--config.{name}={new[name]} would do nothing, the run has {old[name]!r} and "
+                f"{here}: leave it out"
+            )
+
+
+def _lies_in(name: str, places: Iterable[str]) -> bool:
+    """Whether a dotted name is one of `places` or inside one."""
+    return any(f"{name}.".startswith(f"{place}.") for place in places)
+
+
 def text_asked_for(asked: TextConfig, trained: TextConfig) -> TextConfig:
     """With another path, what only fits the path trained on is left behind."""
     if asked.path == trained.path:
@@ -51,6 +80,8 @@ def text_asked_for(asked: TextConfig, trained: TextConfig) -> TextConfig:
 def main() -> None:
     workdir = Path(FLAGS.workdir)
     trained, asked = read_config(workdir), from_config_dict(FLAGS.config)
+    # An array or synthetic data is its own held-out part: no text is read.
+    refuse_unused(trained, asked, ("text", "eval") if trained.lm.path else ("eval",))
     text = text_asked_for(asked.text, trained.text)
     config = dataclasses.replace(trained, eval=asked.eval)
     check_sources(dataclasses.replace(config, text=text))

@@ -16,14 +16,14 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from experiments import command_line
 from experiments.console import Bars
-from experiments.evaluate import text_asked_for
+from experiments.evaluate import refuse_unused, text_asked_for
 from scale_sae_jax import load
+from scale_sae_jax.activations.masks import largest_norm
 from scale_sae_jax.config import Config, from_config_dict, to_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.interop import delphi, files, gemma_scope, hub, origin, sae_lens, sparsify
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def _check_flags(config: Config | None) -> None:
-    """Refuses flags that the format would not heed."""
+    """Refuses flags and settings that the format would not heed."""
     for flag, formats in (
         ("expert", ("sae_lens", "sparsify")),
         ("decoder_only", ("sparsify",)),
@@ -101,6 +101,9 @@ def _check_flags(config: Config | None) -> None:
     ):
         if FLAGS[flag].value not in (None, False) and FLAGS.format not in formats:
             raise UserError(f"--{flag} is for --format={' or '.join(formats)}: leave it out")
+    if config is not None:
+        used = ("text", "eval.tokens") if FLAGS.format == "delphi" else ()
+        refuse_unused(config, from_config_dict(FLAGS.config), used)
     if FLAGS.decoder_only and FLAGS.expert is not None:
         raise UserError("--decoder_only writes all experts' rows: leave --expert out")
     if FLAGS.format == "delphi" and (config is None or not config.lm.path):
@@ -140,8 +143,7 @@ def export_delphi(
         heldout = read_heldout(config, text, sources, bars)
     finally:
         bars.close()
-    ratio = config.activations.max_norm_ratio
-    max_norm = ratio * sources.train.median_norm if ratio else np.inf
+    max_norm = largest_norm(sources.train.median_norm, config.activations.max_norm_ratio)
     writer = delphi.save(
         sae, params, heldout.batches, folder, hookpoint, settings, FLAGS.splits, max_norm
     )

@@ -94,7 +94,8 @@ def tables(rows: list[dict[str, Any]], axes: list[str]) -> list[Table]:
     head, *lines = groups_table(rows, apart(axes), list(MAIN_RESULTS))
     cells = Table(
         "Every cell", [*axes, "fvu", "command"],
-        [[str(row.get(n, "")) for n in axes] + [f"{row['fvu']:.4f}", row["command"]]
+        [[str(row.get(n, "")) for n in axes]
+         + ["-" if row["fvu"] is None else f"{row['fvu']:.4f}", row["command"]]
          for row in rows],
         commands="command",
     )

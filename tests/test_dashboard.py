@@ -169,3 +169,13 @@ def test_neuronpedia_batches(tmp_path):
     assert sampled and {c["bin_contains"] for c in sampled} == {1 / 3}
     for c in sampled:
         assert c["bin_min"] - 1e-3 <= max(c["values"]) <= c["bin_max"] + 1e-3
+
+
+def test_fewer_neuronpedia_batches_take_the_place_of_more(tmp_path):
+    findings = found(latents=200)
+    (tmp_path / "notes.json").touch()
+    for latents, files in ((np.arange(200), 2), (np.arange(3), 1)):
+        count = neuronpedia.write_batches(tmp_path, findings, words(50), latents, "m", 3, "set")
+        names = {path.name for path in tmp_path.iterdir()}
+        assert count == files
+        assert names == {"notes.json", *(f"batch-{i}.json" for i in range(files))}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from saes import MIXTURES, PLAIN, experts, plain
 
 from scale_sae_jax.config import OptimConfig, SAEConfig, check
 from scale_sae_jax.errors import UserError
@@ -478,3 +479,16 @@ def test_sae_lens_gives_the_same_codes_and_reconstruction(name):
     np.add.at(dense, (np.arange(T)[:, None], np.asarray(ours.ids)), np.asarray(ours.values))
     np.testing.assert_allclose(dense, codes, atol=1e-5 * np.abs(codes).max())
     np.testing.assert_allclose(sae.decode(params, ours), x_hat, atol=1e-5 * np.abs(x_hat).max())
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *range(len(MIXTURES))])
+def test_no_activations_have_no_codes(name):
+    sae, params, x = plain(name) if name in PLAIN else experts(**MIXTURES[name])
+    slots = sae.encode(params, x).values.shape[-1]
+    for leading in ((0,), (2, 0)):
+        nothing = np.zeros((*leading, x.shape[-1]), np.float32)
+        codes = sae.encode(params, nothing)
+        assert codes.values.shape == codes.ids.shape == (*leading, slots)
+        assert sae.decode(params, codes).shape == nothing.shape
+        assert jax.jit(sae.reconstruct)(params, nothing).shape == nothing.shape
+        assert sae.route(params, nothing).probs.shape == (*leading, sae.experts)

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from experiments.report import tables
 from scale_sae_jax.report.arms import apart, arms_of, number_axes
 from scale_sae_jax.report.page import Table, html, markdown
 
@@ -84,6 +85,37 @@ def test_figures_show_arms_and_leave_out_what_is_not_there():
     (axes,) = figures.generalisation(arms_of(rows, apart(AXES))).axes
     assert [len(line.get_xdata()) for line in axes.get_lines()[::3]] == [4, 2]
     assert figures.along(ROWS[:3], AXES, "k") is None and figures.similarity({}) is None
+
+
+def points_of(axes):
+    """The points of each curve of some axes, also of empty ones."""
+    return [len(bars.lines[0].get_xdata()) for bars in axes.containers]
+
+
+def test_a_curve_that_lacks_a_result_leaves_the_others_in_place():
+    rows = [row | {"recovered": 0.9 if row["preset"] == "a" else None} for row in ROWS]
+    fvu, recovered = figures.along(rows, AXES, "k").axes
+    assert points_of(fvu) == [2, 2] and points_of(recovered) == [2, 0]
+    rows = [row | {"fvu": None if row["preset"] == "a" else row["fvu"]} for row in rows]
+    curve = figures.along(rows, AXES, "k")
+    assert [points_of(axes) for axes in curve.axes] == [[0, 2], [2, 0]]
+    assert [t.get_text() for t in curve.axes[0].get_legend().get_texts()] == ["a", "b"]
+
+
+def test_an_arm_without_fvu_stands_in_no_figure_of_it():
+    rows = [{"preset": "a", "fvu": None, "flops_per_token": 5.0}, {"preset": "b", "fvu": 0.5}]
+    assert figures.pareto(arms_of(rows, ["preset"])) is None  # costs and FVU of no arm
+    rows[1] |= {"train_seconds": 3.0}
+    (axes,) = figures.pareto(arms_of(rows, ["preset"])).axes
+    assert "training" in axes.get_xlabel() and points_of(axes) == [1]
+    rows = [{"preset": "a", "fvu": None, "other_fvu": 0.5}]
+    (axes,) = figures.generalisation(arms_of(rows, ["preset"])).axes
+    assert points_of(axes) == [0, 1]
+
+
+def test_the_table_of_cells_shows_that_fvu_is_not_defined():
+    rows = [{"preset": "a", "seed": 0, "fvu": None, "command": "x"}]
+    assert tables(rows, ["preset", "seed"])[1].rows == [["a", "0", "-", "x"]]
 
 
 def test_a_row_an_arm_and_a_mark_for_each_part():

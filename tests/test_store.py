@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 
 from scale_sae_jax.activations import store
 from scale_sae_jax.activations.array import CHUNK_ROWS, open_array
+from scale_sae_jax.config import ActivationsConfig, Config, TextConfig
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.run import Console, open_sources
 
 D = 6
 
@@ -86,6 +89,18 @@ def append(path):
     path.write_bytes(path.read_bytes() + b"x")
 
 
+def promise(path, shape):
+    """A .npy file whose header announces more than there is."""
+    with path.open("wb") as file:
+        fields = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, fields)
+
+
+def archive(path):
+    with path.open("wb") as file:
+        np.savez(file, np.zeros(D, np.float32))
+
+
 def shard(file="shard-00000.npy", rows=12):
     return [{"file": file, "rows": rows, "sha256": ""}]
 
@@ -100,6 +115,8 @@ def shard(file="shard-00000.npy", rows=12):
         (lambda f: change_manifest(f, shards=shard(file="../shard-00000.npy")), "make no sense"),
         (lambda f: change_manifest(f, shards=shard()), "not a bfloat16 array"),
         (lambda f: change_manifest(f, dtype="float64"), "make no sense"),
+        (lambda f: change_manifest(f, dtype=[]), "make no sense|not a manifest"),
+        (lambda f: change_manifest(f, fingerprint=3), "make no sense|not a manifest"),
         (lambda f: change_manifest(f, d="6"), "make no sense|not a manifest"),
         (lambda f: change_manifest(f, d=7), "not a bfloat16 array"),
         (lambda f: (f / store.MANIFEST).write_text("{"), "not a manifest"),
@@ -110,6 +127,9 @@ def shard(file="shard-00000.npy", rows=12):
         (lambda f: append(f / "shard-00001.npy"), "size differs"),
         (lambda f: np.save(f / "shard-00001.npy", np.array([{}])), "not a whole .npy file"),
         (lambda f: np.save(f / store.MEAN, np.zeros(2, np.float32)), "not a float32 array of 6"),
+        (lambda f: promise(f / store.MEAN, (10**14,)), "mean.npy is damaged: it is not a whole"),
+        (lambda f: promise(f / store.MEAN, (10**30,)), "mean.npy is damaged: it is not a whole"),
+        (lambda f: archive(f / store.MEAN), "mean.npy is damaged: it is not a whole"),
     ],
 )
 def test_a_damaged_store_is_refused(tmp_path, damage, message):
@@ -119,6 +139,26 @@ def test_a_damaged_store_is_refused(tmp_path, damage, message):
     with pytest.raises(UserError, match=message) as error:
         store.open_store(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"dtype": []}, {"fingerprint": 3}, {"note": None}])
+def test_values_of_a_wrong_type_make_no_sense(tmp_path, change):
+    """As they come from a file where no annotation is checked."""
+    make_store(tmp_path)
+    manifest = store.read_manifest(tmp_path)
+    assert store._is_sound(manifest)
+    for name, value in change.items():
+        object.__setattr__(manifest, name, value)
+    assert not store._is_sound(manifest)
+
+
+def test_hashes_of_no_document_and_of_too_many(tmp_path):
+    make_store(tmp_path)
+    store.write_array(tmp_path / store.DOCUMENTS, np.zeros(0, np.uint64))
+    assert store.open_store(tmp_path).documents().shape == (0,)
+    promise(tmp_path / store.DOCUMENTS, (10**14,))
+    with pytest.raises(UserError, match="documents.npy is damaged: it is not a whole"):
+        store.load_documents(tmp_path)
 
 
 def test_verify_finds_a_flipped_bit(tmp_path):
@@ -154,6 +194,47 @@ def test_array(tmp_path, dtype):
     x[-1, -1] += 1
     np.save(tmp_path / "b.npy", x)
     assert open_array(tmp_path / "b.npy", 0.1)[0].identity != train.identity
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e15])
+def test_outliers_of_an_array_are_left_out_of_training(tmp_path, scale):
+    n = 2 * CHUNK_ROWS
+    x = np.random.default_rng(0).normal(1, 2, size=(n, D)).astype(np.float32)
+    training = n - int(n * 0.1)
+    far = [0, 1, 7, CHUNK_ROWS, training - 1]
+    x[[*far, n - 1]] *= np.float32(scale)
+    np.save(tmp_path / "a.npy", x)
+    train, heldout = open_array(tmp_path / "a.npy", 0.1, max_norm_ratio=10.0)
+    kept = np.delete(x[:training], far, axis=0)
+    assert (train.n, heldout.n) == (len(kept), n - training)
+    assert (train.rows(np.arange(train.n)) == kept).all()
+    assert (train.rows(np.array([train.n - 1, 0, 0])) == kept[[-1, 0, 0]]).all()
+    with pytest.raises(IndexError):
+        train.rows(np.array([train.n]))
+    assert (heldout.rows(np.arange(heldout.n)) == x[training:]).all()  # the evaluator counts them
+    assert train.mean == pytest.approx(kept.mean(axis=0, dtype=np.float64), rel=1e-6)
+    assert (heldout.mean == train.mean).all()
+    norms = np.linalg.norm(x[:training].astype(np.float64), axis=1)
+    assert train.median_norm == heldout.median_norm == pytest.approx(np.median(norms), rel=1e-6)
+    for no_limit in (0.0, -1.0):
+        train, _ = open_array(tmp_path / "a.npy", 0.1, no_limit)
+        assert train.n == training and (train.rows(np.arange(9)) == x[:9]).all()
+
+
+def test_a_run_leaves_outliers_of_its_array_out_as_its_settings_say(tmp_path):
+    x = np.random.default_rng(0).normal(size=(200, D)).astype(np.float32)
+    x[5] *= 1e4
+    np.save(tmp_path / "a.npy", x)
+    for ratio, n in ((10.0, 179), (0.0, 180)):
+        activations = ActivationsConfig(path=f"{tmp_path}/a.npy", max_norm_ratio=ratio)
+        config = Config(activations=activations, text=TextConfig(heldout_fraction=0.1))
+        assert open_sources(config, tmp_path, Event(), Console()).train.n == n
+
+
+def test_a_ratio_that_leaves_no_row_of_an_array_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((20, D), np.float32))
+    with pytest.raises(UserError, match="max_norm_ratio = 0.5 leaves none of 18 rows"):
+        open_array(tmp_path / "a.npy", 0.1, max_norm_ratio=0.5)
 
 
 def bad_row(row, value):

@@ -183,6 +183,21 @@ def test_identity_follows_the_content(tmp_path):
     assert sources.identity(config) != before
 
 
+def test_identity_tells_files_of_one_name_apart(tmp_path):
+    """Which of them changed must not matter; the name alone stands for a file given by itself."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "x.jsonl", RECORDS)
+    config = TextConfig(path=str(tmp_path))
+    before = sources.identity(config)
+    assert list(before) == ["a/x.jsonl", "b/x.jsonl"]
+    write_jsonl(tmp_path / "a" / "x.jsonl", RECORDS[:-1])
+    after = sources.identity(config)
+    assert after["b/x.jsonl"] == before["b/x.jsonl"] and after["a/x.jsonl"] != before["a/x.jsonl"]
+    assert list(sources.identity(TextConfig(path=f"{tmp_path}/a/x.jsonl"))) == ["x.jsonl"]
+    assert list(sources.identity(TextConfig(path=f"{tmp_path}/a"))) == ["x.jsonl"]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.text("ab", min_size=1, max_size=3), max_size=40), st.floats(0.05, 0.95))
 def test_splits_cover_the_text_and_never_overlap(tmp_path_factory, words, fraction):

@@ -29,7 +29,6 @@ OPTIONS = {
     "input_scale gate_at=code topk_scope=batch": BASE | {"sae.topk_scope": "batch"},
     "input_scale gate_at=code orthogonality=0.1": BASE | {"sae.orthogonality": 0.1},
     "input_scale gate_at=code experts=32 active=4": BASE | {"sae.experts": 32, "sae.active": 4},
-    "input_scale gate_at=code auxk=off": BASE | {"sae.auxk": False},
     "input_scale gate_at=code gate=renorm topk_scope=batch": BATCH,
     "input_scale gate_at=code gate=renorm topk_scope=batch load_balance=0.003": BATCH
     | {"sae.load_balance": 0.003},

@@ -1,12 +1,13 @@
 """An array of activations that someone else made, in the place of a harvested store."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
+from scale_sae_jax.activations.masks import outliers
 from scale_sae_jax.errors import UserError
 
 CHUNK_ROWS = 8192
@@ -16,18 +17,20 @@ CHUNK_ROWS = 8192
 class ActivationArray:
     """Consecutive rows of a .npy file, mapped into memory; reads as `ActivationStore` does.
 
-    mean and median_norm are those of the training rows, in the held-out part too. identity is the
-    sha256 of the whole array.
+    mean and median_norm are those of the training rows, in the held-out part too; the mean is
+    without outliers. identity is the sha256 of the whole array. left_out: the rows of `array`,
+    ascending, that are not among the n that are read.
     """
 
-    array: np.ndarray  # [n, D] float16 or float32
+    array: np.ndarray  # [rows, D] float16 or float32
     mean: Float32[np.ndarray, " D"]
     median_norm: float
     identity: str
+    left_out: Int64[np.ndarray, " O"] = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def n(self) -> int:
-        return len(self.array)
+        return len(self.array) - len(self.left_out)
 
     @property
     def d(self) -> int:
@@ -37,16 +40,24 @@ class ActivationArray:
         """The rows with these ids, in 0 ... n - 1."""
         if ids.size and not 0 <= ids.min() <= ids.max() < self.n:
             raise IndexError(f"row ids must lie in 0 ... {self.n - 1}")
-        return self.array[ids].astype(np.float32, copy=False)
+        # How many rows are read before each one that is left out; so many ids need no shift by it.
+        read_before = self.left_out - np.arange(len(self.left_out))
+        places = ids + np.searchsorted(read_before, ids, side="right")
+        return self.array[places].astype(np.float32, copy=False)
 
 
 def open_array(
-    path: str | Path, heldout_fraction: float
+    path: str | Path, heldout_fraction: float, max_norm_ratio: float = 0.0
 ) -> tuple[ActivationArray, ActivationArray]:
     """Training and held-out rows of a .npy array [n, D] of float16 or float32.
 
     The last `heldout_fraction` of the rows is held out: neighbouring rows tend to come from one
-    document, so a contiguous part overlaps less than a random one. Reads the whole array once.
+    document, so a contiguous part overlaps less than a random one. Reads the whole array once, and
+    the training rows once more if there are outliers among them.
+
+    Args:
+      max_norm_ratio: training rows with a norm over so many times their median are left out, of
+        the mean too; 0 keeps all. Held-out rows all stay: the evaluator counts outliers.
 
     Raises:
       UserError: if the file is missing or no such array, holds a NaN or an infinity, or has too few
@@ -71,12 +82,34 @@ def open_array(
         if stop <= training:
             total += chunk.sum(axis=0, dtype=np.float64)
             norms[start:stop] = np.linalg.norm(chunk, axis=1)
+    median_norm = float(np.median(norms))
+    far = outliers(norms, median_norm, max_norm_ratio)
+    if far.all():
+        raise UserError(
+            f"{path}: config.activations.max_norm_ratio = {max_norm_ratio} leaves none of "
+            f"{training} rows to train on: raise it, or keep all rows with 0"
+        )
+    if far.any():
+        # Summed anew: what is left of a sum after an outlier is taken off has lost its digits.
+        total = _sum_of(array[:training], ~far)
     shared = {
-        "mean": (total / training).astype(np.float32),
-        "median_norm": float(np.median(norms)),
+        "mean": (total / (training - far.sum())).astype(np.float32),
+        "median_norm": median_norm,
         "identity": digest.hexdigest(),
     }
-    return ActivationArray(array[:training], **shared), ActivationArray(array[training:], **shared)
+    return (
+        ActivationArray(array[:training], left_out=np.flatnonzero(far), **shared),
+        ActivationArray(array[training:], **shared),
+    )
+
+
+def _sum_of(array: np.ndarray, kept: Bool[np.ndarray, " T"]) -> Float64[np.ndarray, " D"]:
+    """The sum of the kept rows of an array [T, D], a chunk at a time."""
+    total = np.zeros(array.shape[1])
+    for start in range(0, len(array), CHUNK_ROWS):
+        chunk = array[start : start + CHUNK_ROWS][kept[start : start + CHUNK_ROWS]]
+        total += chunk.sum(axis=0, dtype=np.float64)
+    return total
 
 
 def _map(path: Path) -> np.ndarray:

@@ -35,12 +35,15 @@ def write_batches(
     Args:
       model_id, sae_set: Neuronpedia's names of the model and of the set of autoencoders.
 
-    Raises UserError if the folder cannot be written.
+    Batches that were there before are replaced, other files stay. Raises UserError if the folder
+    cannot be written.
     """
     head = {"model_id": model_id, "layer": layer, "sae_set": sae_set}
     starts = range(0, len(latents), FEATURES)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("batch-*.json"):
+            old.unlink()
         for number, start in enumerate(starts):
             ids = latents[start : start + FEATURES].tolist()
             features = [feature(findings, tokenizer, latent) for latent in ids]

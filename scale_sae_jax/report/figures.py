@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from scale_sae_jax.report.arms import Arm, Row, apart, arms_of
+from scale_sae_jax.report.arms import Arm, Interval, Row, apart, arms_of
 
 QUALITY = {"fvu": "FVU", "delta_ce": "delta CE, nats"}
 COSTS = {"flops_per_token": "FLOPs a token, forward", "train_seconds": "training, seconds"}
@@ -57,8 +57,7 @@ def along(rows: list[Row], axes_names: list[str], axis: str) -> Figure | None:
         for arm in curves:
             points = arms_of(arm.rows, [axis])
             points = sorted(points, key=lambda p: p.rows[0][axis])
-            found = [(p.rows[0][axis], p.interval(column)) for p in points]
-            x, y, half = zip(*((x, i.mean, i.half) for x, i in found if i), strict=True)
+            x, y, half = _known([(p.rows[0][axis], p.interval(column)) for p in points])
             axes.errorbar(x, y, yerr=half, marker="o", capsize=3, label=arm.name,
                           color=by_name[arm.name])
         axes.set(xlabel=axis, ylabel=columns[column])
@@ -74,8 +73,8 @@ def along(rows: list[Row], axes_names: list[str], axis: str) -> Figure | None:
 
 def pareto(arms: list[Arm]) -> Figure | None:
     """FVU against what it costs; arms on the line are beaten by none that costs less."""
-    known = [name for name in COSTS if any(arm.values(name) for arm in arms)]
     arms = [arm for arm in arms if arm.values("fvu")]
+    known = [name for name in COSTS if any(arm.values(name) for arm in arms)]
     if not known or not arms:
         return None
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
@@ -122,8 +121,7 @@ def generalisation(arms: list[Arm]) -> Figure | None:
         return None
     figure, (axes,) = _axes(1, height=1.3 + 0.28 * len(arms))
     for column, mark in zip(["fvu", *columns], "os^vD", strict=False):
-        found = [(arm.interval(column), place) for place, arm in enumerate(arms)]
-        x, y, half = zip(*((i.mean, place, i.half) for i, place in found if i), strict=True)
+        y, x, half = _known([(place, arm.interval(column)) for place, arm in enumerate(arms)])
         label = "held-out text of training" if column == "fvu" else column.removesuffix("_fvu")
         axes.errorbar(x, y, xerr=half, fmt=mark, capsize=3, label=label)
     axes.set(xlabel="FVU")
@@ -163,10 +161,9 @@ def _by_arm(
     figure, every = _axes(len(panels), height=1.3 + 0.28 * len(arms), width=3.4)
     for axes, (column, title) in zip(every, panels.items(), strict=True):
         for part, (label, mark) in parts.items():
-            found = [arm.interval(column + part) for arm in arms]
-            known = [(i.mean, place, i.half) for place, i in enumerate(found) if i]
-            if known:
-                x, y, half = zip(*known, strict=True)
+            found = [(place, arm.interval(column + part)) for place, arm in enumerate(arms)]
+            y, x, half = _known(found)
+            if len(x):
                 axes.errorbar(x, y, xerr=half, fmt=mark, capsize=2, label=label)
         axes.set(xlabel=title)
     _name_rows(every, arms)
@@ -234,6 +231,14 @@ def expert_similarity(decoder: Float[np.ndarray, "N M D"]) -> Float[np.ndarray, 
 def _axes(count: int, height: float = 3.6, width: float = 4.6) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(width * count + 1.5, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _known(
+    found: list[tuple[int | float, Interval | None]],
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Places, means and half-widths of the intervals that there are; all empty if there is none."""
+    known = [(place, i.mean, i.half) for place, i in found if i]
+    return tuple(np.reshape(known, (-1, 3)).T)
 
 
 def _name_rows(every: list[Any], arms: list[Arm]) -> None:

@@ -75,7 +75,8 @@ def check_text(config: TextConfig) -> None:
 def identity(config: TextConfig) -> dict[str, str]:
     """What pins down the content behind `config.path`, by name.
 
-    Files: size, and sha256 of the first GiB. Packages: version. Hub datasets: only their name.
+    Files: size, and sha256 of the first GiB, by their path in the folder or the name of the one
+    file. Packages: version. Hub datasets: only their name.
     """
     if config.path.startswith("package:"):
         name = config.path.removeprefix("package:")
@@ -84,7 +85,12 @@ def identity(config: TextConfig) -> dict[str, str]:
     files = _local_files(config.path)
     if not files:
         return {config.path: f"{config.subset} {config.split}".strip()}
-    return {path.name: f"{path.stat().st_size} bytes, sha256 {_digest(path)}" for path in files}
+    place = Path(config.path).expanduser()
+    folder = place if place.is_dir() else place.parent
+    return {
+        file.relative_to(folder).as_posix(): f"{file.stat().st_size} bytes, sha256 {_digest(file)}"
+        for file in files
+    }
 
 
 def _digest(path: Path) -> str:
