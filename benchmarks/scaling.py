@@ -57,7 +57,7 @@ def define(argv: list[str]) -> None:
     del argv
     define_sizes()
     flags.DEFINE_string("preset", "paper", "Options of the autoencoder.")
-    flags.DEFINE_list("mesh", [], "Meshes instead of those by number: data:4/expert:2,expert:8.")
+    flags.DEFINE_multi_string("mesh", [], "A mesh, data:4,expert:2, instead of those by number.")
     flags.DEFINE_bool("weak", False, "A batch on each device instead of one in all.")
     flags.DEFINE_bool("auxk", False, "With the branch for dead latents.")
     flags.DEFINE_string("topology", None, "Kind and grid of TPU chips to compile for: v5e:2x4.")
@@ -190,7 +190,7 @@ def main() -> None:
     if not FLAGS.topology:
         jax.config.update("jax_num_cpu_devices", 8)
     devices = chips(FLAGS.topology) if FLAGS.topology else jax.devices()
-    meshes = [(spec.replace("/", ","), len(devices)) for spec in FLAGS.mesh] or [
+    meshes = [(spec, len(devices)) for spec in FLAGS.mesh] or [
         (spec, n) for n in (1, 2, 4, 8) if n <= len(devices)
         for spec in dict.fromkeys((f"expert:{n}", f"data:{n}"))
     ]

@@ -50,7 +50,7 @@ def test_together_is_measured_beside_alone():
 
 
 def test_scaling_compiles_for_meshes_of_host_devices():
-    out = run("scaling", "--mesh=expert:1,data:2/expert:2").stdout
+    out = run("scaling", "--mesh=expert:1", "--mesh=data:2,expert:2").stdout
     one, four = map(json.loads, out.splitlines())
     assert (one["devices"], four["devices"]) == (1, 4)
     assert four["mesh"] == "data:2,expert:2" and four["kernel"] == "loop"

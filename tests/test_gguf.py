@@ -267,6 +267,9 @@ def test_incomplete_models_are_refused(tmp_path):
     refused("RoPE scaling 'yarn'", **{"llama.rope.scaling.type": "yarn"})
     refused("'llama.block_count' is missing", **{"llama.block_count": None})
     refused("should become", **{"llama.feed_forward_length": 2 * FFN})
+    # Sizes that no machine has room for, were they taken at their word.
+    refused("should become", **{"llama.feed_forward_length": 2**30})
+    refused(r"no tensor 'blk\.2\.", **{"llama.block_count": 2**30})
     refused("tokenizer 'llama', 'smollm'", **{"tokenizer.ggml.model": "llama"})
     refused("not one type a token", **{"tokenizer.ggml.token_type": [1]})
 

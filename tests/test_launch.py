@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from threading import Event
 import pytest
 
 from scale_sae_jax.config import OptimConfig, SAEConfig
+from scale_sae_jax.parallel import watch
 from scale_sae_jax.parallel.plan import plan
 from scale_sae_jax.parallel.watch import Watch
 
@@ -147,6 +149,30 @@ def test_a_connection_that_closes_without_farewell_ends_the_other_process(capfd)
     assert "process 0 stops, for another process was lost" in capfd.readouterr().err
     lead.leave()
     other.leave()
+
+
+def test_strangers_are_dropped_and_end_nobody(monkeypatch):
+    monkeypatch.setattr(watch, "TOKEN_SECONDS", 0.2)
+    ends = []
+    lead = Watch(0, ends.append)
+    number = lead.expect(1)
+    port, strangers = number % 2**16, []
+    for said in (b"", b"." * 16, b"GET / HTTP/1.1\r\n\r\n", None):
+        stranger = socket.create_connection(("127.0.0.1", port))
+        strangers.append(stranger)
+        if said is not None:  # the last one says nothing, and stays
+            stranger.sendall(said)
+            stranger.shutdown(socket.SHUT_WR)
+    other = Watch(1, ends.append)
+    other.connect("127.0.0.1", number)
+    until = time.monotonic() + 20
+    while not lead._connections and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(lead._connections) == 1 and ends == []
+    for watcher in (other, lead):
+        watcher.leave()
+    for stranger in strangers:
+        stranger.close()
 
 
 def test_a_farewell_ends_nobody():

@@ -1,5 +1,6 @@
 """Real processes on one machine: they train together, die together, and resume."""
 
+import json
 import os
 import socket
 import subprocess
@@ -15,13 +16,17 @@ from test_harvest import ACTIVATIONS, LM, begin_parts, files, model, text_config
 import scale_sae_jax
 from scale_sae_jax.activations import store
 from scale_sae_jax.activations.harvest import harvest
+from scale_sae_jax.activations.synthetic import open_synthetic
+from scale_sae_jax.config import SyntheticConfig
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.evaluation.ground_truth import measure_ground_truth
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.text.splits import document_hash, training_documents
 from scale_sae_jax.training.metrics import read_lines
 
 ROOT = Path(__file__).parent.parent
 STEPS = 60
+SIZES = "experts=8,latents=64,l0=4"
 SETTINGS = ("batch_size=64", "log_every=10", "checkpoint_every=20", "optim.lr=1e-3",
             "eval.tokens=512", "eval.bootstrap=20", "text.heldout_fraction=0.25")
 
@@ -41,12 +46,16 @@ def free_port():
 
 
 def launch(array, workdir, count, devices, steps=STEPS):
+    """The processes of one run on an array."""
+    settings = *SETTINGS, f"steps={steps}"
+    return start(f"configs/array.py:path={array},{SIZES}", settings, workdir, count, devices)
+
+
+def start(config, settings, workdir, count, devices):
     """The processes of one run."""
     port = free_port()
-    config = f"configs/array.py:path={array},experts=8,latents=64,l0=4"
     command = [sys.executable, "-m", "experiments.train", f"--config={config}",
-               f"--workdir={workdir}", *(f"--config.{setting}" for setting in SETTINGS),
-               f"--config.steps={steps}"]
+               f"--workdir={workdir}", *(f"--config.{setting}" for setting in settings)]
     together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"] * (count > 1)
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     return [
@@ -102,6 +111,23 @@ def test_a_lost_process_ends_the_others_and_a_restart_resumes(
     _, params = scale_sae_jax.load(tmp_path)
     for name, value in alone.items():
         assert np.abs(params[name] - value).max() < 1e-5 * max(np.abs(value).max(), 1e-3), name
+
+
+SYNTHETIC = {"d": 16, "samples": 4096, "heldout": 600, "roots": 2, "branching": 2, "depth": 1}
+
+
+def test_known_features_are_measured_by_processes_that_split_the_experts(tmp_path):
+    """The metrics are those of one device."""
+    settings = ["steps=4", "batch_size=64", "eval.tokens=600", "eval.bootstrap=5",
+                *(f"synthetic.{name}={value}" for name, value in SYNTHETIC.items())]
+    config = f"configs/synthetic.py:features=24,{SIZES}"
+    ends = finish(start(config, settings, tmp_path, 2, 1))
+    assert [code for code, *_ in ends] == [0, 0], ends
+    got = json.loads((tmp_path / "eval.json").read_text())
+    sae, params = scale_sae_jax.load(tmp_path)
+    _, heldout = open_synthetic(SyntheticConfig(features=24, **SYNTHETIC))
+    for key, value in measure_ground_truth(sae, params, heldout, 600).items():
+        assert got[key] == pytest.approx(value, abs=0.01), key
 
 
 HARVEST = """

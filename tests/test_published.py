@@ -132,3 +132,9 @@ def test_missing_and_misshaped_tensors_are_named():
         from_state_dict(state | {"omega": np.zeros(5)}, k=6, active=2)
     with pytest.raises(UserError, match="exceeds"):
         from_state_dict(state, k=25, active=2)
+
+
+@pytest.mark.parametrize("sizes", [dict(k=0, active=2), dict(k=-1, active=2), dict(k=6, active=0)])
+def test_sizes_below_one_are_refused(sizes):
+    with pytest.raises(UserError, match="must be at least 1"):
+        from_state_dict(load("scale_e2")[1], **sizes)

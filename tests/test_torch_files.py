@@ -90,6 +90,21 @@ def test_half_precision_is_read(tmp_path):
     np.testing.assert_array_equal(tensors["b"], [[1.5, -2.25]])
 
 
+@pytest.mark.filterwarnings("ignore")  # of PyTorch, that some of these kinds may go
+@pytest.mark.parametrize("kind", ("sparse", "quantised", "meta", "nested"))
+def test_tensors_that_are_no_plain_arrays_are_refused(kind, tmp_path):
+    make = {
+        "sparse": lambda: torch.eye(4).to_sparse(),
+        "quantised": lambda: torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8),
+        "meta": lambda: torch.empty(4, device="meta"),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    }
+    torch.save({"w": make[kind]()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="a.pt tensor 'w' is sparse, nested, quantised") as refused:
+        read_tensors(tmp_path / "a.pt")
+    assert "\n" not in str(refused.value)
+
+
 class Attack:
     """Unpickles to a call that leaves a mark."""
 

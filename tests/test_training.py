@@ -289,9 +289,37 @@ def test_stopped_and_resumed_is_bit_identical(activations, tmp_path, whole):
     summary = train(one_by_one, activations, tmp_path, stop, show)
     assert (summary.step, summary.finished, summary.last["step"]) == (7, False, 7)
     assert shown == [1, 2, 4, 6, 7]
+    assert [line["step"] for line in records(tmp_path)] == shown
     again = train(CONFIG, activations, tmp_path, Event())
     assert again.finished
     assert_same_run(again, tmp_path, whole)
+
+
+@pytest.mark.parametrize("killed", (False, True))
+def test_the_time_since_the_last_record_counts_after_a_stop(activations, tmp_path, killed):
+    """Also where the resumed run is killed before it saves anything, and goes on once more."""
+    rare = dataclasses.replace(CONFIG, log_every=100, checkpoint_every=0, steps_per_call=1)
+    checks = iter(range(100))
+
+    class Later(Event):
+        def is_set(self):
+            return next(checks) >= 2
+
+    summary = train(rare, activations, tmp_path, Later())
+    (first, last) = metrics.read_lines(tmp_path / "metrics.jsonl")
+    assert (first["step"], last["step"], summary.step) == (1, 3, 3)
+    assert last["seconds"] == summary.last["seconds"] > first["seconds"]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace(str(last["seconds"]), "1000.0"))
+    if killed:
+        def crash(record):
+            raise RuntimeError("power failure")
+
+        with pytest.raises(RuntimeError, match="power failure"):
+            train(dataclasses.replace(rare, log_every=5), activations, tmp_path, Event(), crash)
+    assert train(rare, activations, tmp_path, Event()).last["seconds"] > 1000
+    assert [line["step"] for line in records(tmp_path)] == [1, 12]
+    assert not any("stop" in line for line in records(tmp_path))
 
 
 def test_a_crash_costs_the_steps_since_the_last_checkpoint(activations, tmp_path, whole):

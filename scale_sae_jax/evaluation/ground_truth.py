@@ -37,6 +37,7 @@ from scipy.optimize import linear_sum_assignment
 from scale_sae_jax.activations.synthetic import SyntheticActivations
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation.bootstrap import ratio
+from scale_sae_jax.parallel import processes
 from scale_sae_jax.sae.codes import Codes
 
 ROWS = 1024  # samples in memory at once
@@ -72,9 +73,10 @@ def measure_ground_truth(
         tokens_here = min(tokens, heldout.n)
         for start in range(0, tokens_here, ROWS):
             ids = np.arange(start, min(start + ROWS, tokens_here))
-            yield encode(params, heldout.rows(ids)), heldout.codes(ids)
+            yield processes.everywhere(encode(params, heldout.rows(ids))), heldout.codes(ids)
 
-    decoder, features = np.asarray(sae.decoder(params)), np.asarray(heldout.features)
+    decoder = np.asarray(processes.everywhere(sae.decoder(params)))
+    features = np.asarray(heldout.features)
     return ground_truth_metrics(decoder, sae.experts, features, batches())
 
 

@@ -26,7 +26,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a .safetensors file or a `torch.save`d state dict; bfloat16 as float32.
 
     Raises UserError: no such file, truncated or damaged, a pickle that holds more than tensors, an
-    archive that unfolds to more than its size.
+    archive that unfolds to more than its size, a tensor that is no plain array.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}: name a .safetensors or .pt file")
@@ -76,6 +76,13 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         ) from None
     if not isinstance(state, Mapping) or not all(torch.is_tensor(t) for t in state.values()):
         raise UserError(f"{path} is no state dict, tensors by name: save model.state_dict()")
+    for name, tensor in state.items():
+        dense = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
+        if not dense or tensor.is_meta:
+            raise UserError(
+                f"{path} tensor '{name}' is sparse, nested, quantised or without data, which is "
+                "not read: save plain tensors"
+            )
     # A view may repeat a number without end; what is copied below must have come from the file.
     if sum(t.numel() * t.element_size() for t in state.values()) > 2 * size + SPARE_BYTES:
         raise UserError(f"{path} has tensors larger than the file: not read")

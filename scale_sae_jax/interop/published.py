@@ -38,6 +38,9 @@ def from_state_dict(
     Raises UserError for a tensor that is missing, of a wrong shape or not finite, and for k and
     active that do not fit.
     """
+    for name, value in (("k", k), ("active", active)):
+        if value < 1:
+            raise UserError(f"{name} = {value} must be at least 1: give the checkpoint's own")
     arrays = {name: np.asarray(value) for name, value in state.items()}
     if "router.weight" in arrays:
         config, params = _switch(arrays, k, active)

@@ -62,32 +62,45 @@ def build_params(
     """
     used = set()
 
-    def fill(slot: np.ndarray, source: Stored, name: str) -> None:
-        if name not in tensors:
-            raise UserError(f"the checkpoint has no tensor '{name}': it is not complete")
+    def read(source: Stored, name: str, shape: tuple[int, ...]) -> np.ndarray:
         tensor = tensors[name]()
         value = source.turn(tensor)
-        if value.shape != slot.shape:
+        if value.shape != shape:
             raise UserError(
                 f"tensor '{name}' has shape {tensor.shape}, which does not fit the sizes in the "
-                f"model's config: it should become {slot.shape}"
+                f"model's config: it should become {shape}"
             )
-        slot[...] = value
         used.add(name)
+        return value
 
     params = {}
     for path, leaf in flatten_dict(abstract_params(module), sep="/").items():
-        source, array = stored[path], np.empty(leaf.shape, leaf.dtype)
-        if path.startswith("blocks/"):
-            for index, slot in enumerate(array):
-                fill(slot, source, source.name.format(index))
-        else:
-            fill(array, source, source.name)
-        params[path] = jnp.asarray(array)
+        source = stored[path]
+        shape = leaf.shape if path.startswith("blocks/") else (1, *leaf.shape)
+        names = _names(source, shape[0], tensors)
+        # Sizes come from a header that may lie: memory is taken once a tensor has borne them out.
+        first = read(source, names[0], shape[1:])
+        array = np.empty(shape, leaf.dtype)
+        array[0] = first
+        del first
+        for slot, name in zip(array[1:], names[1:], strict=True):
+            slot[...] = read(source, name, shape[1:])
+        params[path] = jnp.asarray(array.reshape(leaf.shape))
     for name in tensors.keys() - used:
         if re.search(r"\.\d+\.", name) and not name.endswith(ignored):
             raise UserError(f"the checkpoint's tensor '{name}' has no place in the model's config")
     return unflatten_dict(params, sep="/")
+
+
+def _names(source: Stored, count: int, tensors: Tensors) -> list[str]:
+    """The tensors of a parameter, one a block. Raises UserError at the first that is missing."""
+    names = []
+    for index in range(count):
+        name = source.name.format(index)
+        if name not in tensors:
+            raise UserError(f"the checkpoint has no tensor '{name}': it is not complete")
+        names.append(name)
+    return names
 
 
 def safetensors_files(folder: Path) -> list[Path]:

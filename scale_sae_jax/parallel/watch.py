@@ -4,10 +4,14 @@ Each process holds a connection to the leading one, over which nothing is said b
 system closes the connections of a process that dies; whoever sees one close without farewell ends
 itself, the leading process too, so that all the others follow. A process that hangs without
 dying is noticed by the heartbeat of `jax.distributed` instead.
+
+A connection begins with a random token, which only these processes know; any other is dropped.
 """
 
 import contextlib
+import hmac
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable
@@ -15,6 +19,8 @@ from threading import Event, Thread
 
 FAREWELL = b"."
 EXIT_STATUS = 3
+TOKEN_BYTES, TOKEN_SECONDS = 16, 5
+PORT_BITS = 16
 
 
 class Watch:
@@ -25,20 +31,34 @@ class Watch:
         self._connections, self._leaving = [], Event()
 
     def expect(self, others: int) -> int:
-        """In the leading process: takes a connection from each of the others; returns the port."""
-        server = socket.create_server(("", 0), backlog=others)
+        """In the leading process: takes a connection from each of the others.
+
+        Returns what they `connect` by, to be told to nobody else: one number, the port in its low
+        bits and the token above it.
+        """
+        server = socket.create_server(("", 0), backlog=others + 8)
+        token = secrets.token_bytes(TOKEN_BYTES)
 
         def accept() -> None:
-            for _ in range(others):
-                self._read(server.accept()[0])
+            missing = others
+            while missing:
+                connection = server.accept()[0]
+                if _says(connection, token):
+                    self._read(connection)
+                    missing -= 1
+                else:
+                    connection.close()
             server.close()
 
         Thread(target=accept, daemon=True).start()
-        return server.getsockname()[1]
+        return int.from_bytes(token) << PORT_BITS | server.getsockname()[1]
 
-    def connect(self, host: str, port: int) -> None:
-        """In another process. Raises OSError if the leading process cannot be reached."""
-        self._read(socket.create_connection((host, port), timeout=30))
+    def connect(self, host: str, number: int) -> None:
+        """In another process, by the number from `expect`. Raises OSError if it fails."""
+        token, port = divmod(number, 1 << PORT_BITS)
+        connection = socket.create_connection((host, port), timeout=30)
+        connection.sendall(token.to_bytes(TOKEN_BYTES))
+        self._read(connection)
 
     def leave(self) -> None:
         """Says farewell: this process ends as it should."""
@@ -76,3 +96,15 @@ class Watch:
             file=sys.stderr, flush=True,
         )
         self._end(EXIT_STATUS)
+
+
+def _says(connection: socket.socket, token: bytes) -> bool:
+    """Whether the other end sends the token, and soon."""
+    connection.settimeout(TOKEN_SECONDS)
+    said = b""
+    try:
+        while len(said) < len(token) and (more := connection.recv(len(token) - len(said))):
+            said += more
+    except OSError:
+        return False
+    return hmac.compare_digest(said, token)

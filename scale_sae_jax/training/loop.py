@@ -139,12 +139,12 @@ def follow(
             now, values = program.steps(now, x, n, mean)
             finished = step == config.steps
             stopping = processes.any_of(stop.is_set())
-            kept = step % config.log_every == 0 or step == 1 or finished
-            if kept or stopping:
+            logged = step % config.log_every == 0 or step == 1 or finished
+            if logged or stopping:
                 _refuse_bad(now, checkpoints)
                 values = {name: np.atleast_1d(value) for name, value in values.items()}
                 for place, own in enumerate(records):
-                    own.take(step, {name: float(v[place]) for name, v in values.items()}, kept)
+                    own.take(step, {name: float(v[place]) for name, v in values.items()}, logged)
             due = config.checkpoint_every and step % config.checkpoint_every == 0
             if due or finished or stopping:
                 _refuse_bad(now, checkpoints)
@@ -241,11 +241,12 @@ class Records:
     @contextlib.contextmanager
     def writing(self, start: int, together: int) -> Iterator[None]:
         """Goes on after step `start`. Of the time, the run's share among `together` counts."""
-        self._write = lambda record: None
+        path = self._workdir / "metrics.jsonl"
+        self._write = lambda record, due: None
         self._shared = {"together": together} if together > 1 else {}
         with contextlib.ExitStack() as stack:
             if processes.leads():
-                kept = metrics.keep_until(self._workdir / "metrics.jsonl", start)
+                kept = metrics.keep_until(path, start)
                 self.last = kept[-1] if kept else {}
                 settings = dataclasses.asdict(self._config) if self._config.wandb else None
                 writer = metrics.MetricsWriter(self._workdir, start, settings)
@@ -253,12 +254,16 @@ class Records:
             seconds = self.last.get("seconds", 0.0)
             self._clock = _Clock(start, seconds, self._config.batch_size, together)
             yield
+        if processes.leads():  # the line of an earlier stop has served once there is a later one
+            metrics.keep_until(path, self.last.get("step", start))
 
-    def take(self, step: int, values: dict[str, float], kept: bool) -> None:
-        """The values after a step, which are shown, and kept if so."""
+    def take(self, step: int, values: dict[str, float], due: bool) -> None:
+        """The values after a step, written and shown.
+
+        Where no record is due, training stops: its time so far is what the resumed run needs.
+        """
         self.last = {"step": step, **self._clock.read(step), **self._shared, **values}
-        if kept:
-            self._write(self.last)
+        self._write(self.last, due)
         self._show(self.last)
 
 

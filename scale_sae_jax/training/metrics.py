@@ -8,22 +8,31 @@ from tensorboardX import SummaryWriter
 
 from scale_sae_jax.errors import UserError
 
+STOP = "stop"  # marks a line that was written only because training stopped there
+
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics file; a last line cut short by a kill is left out."""
     lines = []
     if path.exists():
-        for text in path.read_text().splitlines():
+        for text in path.read_bytes().splitlines():
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(line, dict) or type(line.get("step")) is not int:
+                break
+            lines.append(line)
     return lines
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops the lines after `step`, which a resumed run writes again; returns the rest."""
-    kept = [line for line in read_lines(path) if line["step"] <= step]
+    """Drops the lines after `step`, which a resumed run writes again; returns the rest.
+
+    Drops, too, what a stop wrote at an earlier step, where no line was due.
+    """
+    lines = [line for line in read_lines(path) if line["step"] <= step]
+    kept = [line for line in lines if STOP not in line or line["step"] == step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     partial = path.with_suffix(".partial")
     partial.write_text(text)
@@ -32,7 +41,7 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Writes one record a logging step to every sink. Use as a context manager."""
+    """Writes records, one a logging step and one at a stop, to every sink. A context manager."""
 
     def __init__(self, workdir: Path, resumed_step: int, wandb_config: dict | None):
         self._file = open(workdir / "metrics.jsonl", "a", buffering=1)
@@ -48,9 +57,9 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def write(self, record: dict[str, Any]) -> None:
-        """`record` holds `step` and numbers."""
-        self._file.write(json.dumps(record) + "\n")
+    def write(self, record: dict[str, Any], due: bool = True) -> None:
+        """`record` holds `step` and numbers. due: whether no stop alone asks for it."""
+        self._file.write(json.dumps(record if due else record | {STOP: True}) + "\n")
         for name, value in record.items():
             if name != "step":
                 self._board.add_scalar(name, value, record["step"])
