@@ -20,6 +20,7 @@ from absl import flags
 from experiments import command_line
 from scale_sae_jax.activations.synthetic import open_synthetic
 from scale_sae_jax.config import SyntheticConfig
+from scale_sae_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 
@@ -34,7 +35,13 @@ def define(argv: list[str]) -> None:
 
 def main() -> None:
     config = SyntheticConfig(features=FLAGS.features, d=FLAGS.d, samples=FLAGS.samples)
-    activations, _ = open_synthetic(config)  # compiles
+    try:
+        activations, _ = open_synthetic(config)  # compiles
+    except MemoryError as error:
+        raise UserError(
+            f"--features={FLAGS.features} with --d={FLAGS.d} does not fit into memory: {error}; "
+            "lower them"
+        ) from None
     seconds, norms, l0, dropped = [], [], [], []
     for start in range(0, FLAGS.samples, FLAGS.batch):
         ids = np.arange(start, min(start + FLAGS.batch, FLAGS.samples))

@@ -6,6 +6,7 @@ The last 5 % of the rows are held out. Without a language model there is no delt
 """
 
 from scale_sae_jax.config import ActivationsConfig, Config, parse_arg, to_config_dict
+from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae.presets import from_arg
 
 
@@ -13,6 +14,11 @@ def get_config(arg=""):
     arg = parse_arg(
         arg, path="", l0=32, experts=16, active=0, latents=4096, preset="paper", match="", seed=0
     )
+    if not arg.path.endswith(".npy"):
+        raise UserError(
+            f"configs/array.py:path={arg.path} must be a .npy file of activations: write "
+            "configs/array.py:path=FILE.npy"
+        )
     return to_config_dict(
         Config(
             seed=arg.seed,

@@ -1,5 +1,6 @@
 """What all commands share: one-line errors, and settings from a file and flags."""
 
+import re
 import sys
 from collections.abc import Callable
 from logging import getLogger
@@ -30,12 +31,16 @@ def start(
     def parse(argv: list[str]) -> list[str]:
         try:
             _refuse_unknown_settings(argv)
+            before = set(FLAGS)
             define(argv)
             if processes_join:
                 _define_processes()
-            rest = flags.FLAGS(argv)
-        except (UserError, flags.Error) as error:
-            raise UserError(str(error)) from None
+            _list_in_help(set(FLAGS) - before)
+            rest = FLAGS(argv)
+        except UserError:
+            raise
+        except flags.Error as error:
+            raise UserError(_in_one_line(error)) from None
         except Exception as error:  # whatever a config file of the user's may raise
             raise UserError(f"{type(error).__name__} in --config: {error}") from error
         if rest[1:]:
@@ -59,6 +64,21 @@ def start(
         app.run(body, flags_parser=parse)
     except UserError as error:
         fail(str(error))
+
+
+def _list_in_help(names: set[str]) -> None:
+    """Of the flags of a command, absl's --help lists those that its own file defines."""
+    for name in sorted(names):
+        if "." not in name:  # of the settings, --config alone
+            FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])
+
+
+def _in_one_line(error: flags.Error) -> str:
+    missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        return f"{' and '.join(missing)} {verb} missing: --help lists the flags"
+    return "; ".join(str(error).splitlines())
 
 
 def _define_processes() -> None:
@@ -104,8 +124,18 @@ def define_config(argv: list[str]) -> None:
     name = given(argv, "config")
     if name is not None and not Path(name.split(":")[0]).is_file():
         raise UserError(f"--config={name}: there is no such file; name one of configs/*.py")
+    if name is not None and holds_only(name, "get_grid", "get_config"):
+        raise UserError(f"--config={name}: this is a grid: use experiments.sweep --grid={name}")
     config_flags.DEFINE_config_file("config", None, "Config file, with arguments after a colon.")
     flags.mark_flag_as_required("config")
+
+
+def holds_only(name: str, this: str, other: str) -> bool:
+    """Whether 'FILE.py[:ARG]' defines a function called `this`, and none called `other`."""
+    path = Path(name.split(":")[0])
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    found = re.findall(r"^def (\w+)\(", text, re.MULTILINE)
+    return this in found and other not in found
 
 
 def config_name() -> str:

@@ -32,6 +32,7 @@ from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.workdir import read_config
 
 FLAGS = flags.FLAGS
+SPLITS = 5
 FORMATS = ["sae_lens", "sparsify", "gemma_scope", "delphi", "hub"]
 
 
@@ -47,7 +48,7 @@ def define(argv: list[str]) -> None:
     flags.DEFINE_string("model_name", None, "Name of the model there; that of --config.lm.path.")
     flags.DEFINE_string("sae_id", None, "hub: folder in the repository; layers.LAYER.")
     flags.DEFINE_bool("private", False, "hub: create the repository as a private one.")
-    flags.DEFINE_integer("splits", 5, "delphi: files that share the latents.", lower_bound=1)
+    flags.DEFINE_integer("splits", None, "delphi: files that share the latents; 5.", lower_bound=1)
     workdir = command_line.given(argv, "workdir")
     if workdir is not None and _is_run(workdir):
         settings = to_config_dict(read_config(Path(workdir)))
@@ -95,6 +96,7 @@ def _check_flags(config: Config | None) -> None:
         ("expert", ("sae_lens", "sparsify")),
         ("decoder_only", ("sparsify",)),
         ("hookpoint", ("sparsify", "delphi")),
+        ("splits", ("delphi",)),
         ("sae_id", ("hub",)),
         ("private", ("hub",)),
         ("model_name", ("sae_lens", "delphi", "hub")),
@@ -145,7 +147,7 @@ def export_delphi(
         bars.close()
     max_norm = largest_norm(sources.train.median_norm, config.activations.max_norm_ratio)
     writer = delphi.save(
-        sae, params, heldout.batches, folder, hookpoint, settings, FLAGS.splits, max_norm
+        sae, params, heldout.batches, folder, hookpoint, settings, FLAGS.splits or SPLITS, max_norm
     )
     print(f"written: {folder / hookpoint}, {writer.rows} rows, {writer.fired:,} activations")
 

@@ -35,9 +35,11 @@ def define(argv: list[str]) -> None:
     flags.DEFINE_string("command", None, "Program and flags, without 'python -m'.")
     flags.DEFINE_bool("go", False, "Run it instead of printing it.")
     flags.DEFINE_integer("processes", 2, "local: how many.", lower_bound=1)
-    flags.DEFINE_integer("cpu_devices", 0, "local: CPU devices a process; 0 leaves it to JAX.")
+    flags.DEFINE_integer("cpu_devices", 0, "local: CPU devices a process; 0 leaves it to JAX.",
+                         lower_bound=0)
     flags.DEFINE_integer("nodes", 1, "slurm: machines.", lower_bound=1)
-    flags.DEFINE_integer("gpus_per_node", 8, "slurm: GPUs, and processes, a machine.")
+    flags.DEFINE_integer("gpus_per_node", 8, "slurm: GPUs, and processes, a machine.",
+                         lower_bound=1)
     flags.DEFINE_string("time", "24:00:00", "slurm: longest time.")
     flags.DEFINE_string("partition", "", "slurm: partition.")
     flags.DEFINE_string("name", "scale-sae", "slurm, tpu: name of the job or slice.")

@@ -32,9 +32,11 @@ READ_AHEAD = 2  # the batches of a call, and those of the next one
 def define(argv: list[str]) -> None:
     command_line.define_config(argv)
     flags.DEFINE_string("mesh", "", "Mesh, such as data:4,expert:2; config.mesh if not given.")
-    flags.DEFINE_integer("devices", 0, "Devices, for a mesh that does not say how many.")
+    flags.DEFINE_integer("devices", 0, "Devices, for a mesh that does not say how many.",
+                         lower_bound=0)
     flags.DEFINE_float("memory_gb", 16.0, "Memory of a device.", lower_bound=0.001)
-    flags.DEFINE_integer("d", 0, "Width of the activations, in the place of the model's.")
+    flags.DEFINE_integer("d", 0, "Width of the activations, in the place of the model's.",
+                         lower_bound=0)
 
 
 def width_of(config: Config) -> int:

@@ -13,6 +13,7 @@ from scale_sae_jax.training.metrics import read_lines
 from scale_sae_jax.workdir import read_config, read_json
 
 FLAGS = flags.FLAGS
+SHOWN = ("fvu", "fvu_pca", "total_width", "active_width", "l0")  # of eval.json
 
 
 def define(argv: list[str]) -> None:
@@ -29,6 +30,10 @@ def main() -> None:
     if not lines:
         raise UserError(f"{workdir} has no metrics yet: train it first")
     results = read_json(workdir / "eval.json", "a finished run: train it to the end")
+    missing = [name for name in SHOWN if results.get(name) is None]
+    if missing:
+        raise UserError(f"{workdir}/eval.json has no {', '.join(missing)}: write it anew with "
+                        f"experiments.evaluate --workdir={workdir}")
     try:
         import matplotlib
     except ImportError:
@@ -40,8 +45,9 @@ def main() -> None:
     seen, fvu = zip(*((line["tokens"], line["fvu"]) for line in lines), strict=True)
     axes.plot(seen, fvu, label="training batches")
     axes.axhline(results["fvu"], color="C1", label=f"held out: {results['fvu']:.3f}")
-    axes.axhline(results["fvu_pca"], color="C2", ls="--",
-                 label=f"PCA of rank {config.sae.k}, held out: {results['fvu_pca']:.3f}")
+    if results["fvu_pca"] is not None:
+        axes.axhline(results["fvu_pca"], color="C2", ls="--",
+                     label=f"PCA of rank {config.sae.k}, held out: {results['fvu_pca']:.3f}")
     axes.set(xlabel="activations seen", ylabel="FVU", ylim=(0, 1),
              title=f"{workdir.name}: {config.sae.architecture}, {results['total_width']} latents, "
                    f"{results['active_width']} a token computes, L0 = {results['l0']:.1f}")

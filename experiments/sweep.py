@@ -57,7 +57,8 @@ def define(argv: list[str]) -> None:
     flags.DEFINE_string("filter", "", "Run cells whose name contains this; a comma is an 'or'.")
     flags.DEFINE_integer("together", 1, "Train up to so many cells in one step.", lower_bound=1)
     flags.DEFINE_bool("dry_run", False, "List the cells and what they cost, and do nothing.")
-    flags.DEFINE_integer("d", 0, "With --dry_run: width of the activations, for the arithmetic.")
+    flags.DEFINE_integer("d", 0, "With --dry_run: width of the activations, for the arithmetic.",
+                         lower_bound=0)
     flags.mark_flags_as_required(["grid", "workdir"])
 
 
@@ -204,6 +205,9 @@ def bill(cells: list[sweep.Cell], width: int) -> str:
 def main() -> None:
     check_together(FLAGS.together)
     workdir = Path(FLAGS.workdir)
+    if command_line.holds_only(FLAGS.grid, "get_config", "get_grid"):
+        raise UserError(f"--grid={FLAGS.grid}: this is the config of one run: use "
+                        f"experiments.train --config={FLAGS.grid}")
     grid = [sweep.place(cell, workdir) for cell in sweep.read_grid(FLAGS.grid)]
     chosen = sweep.select(grid, FLAGS.filter)
     if FLAGS.dry_run:

@@ -48,9 +48,10 @@ def read_rows(workdir: Path, where: Sequence[str] = ()) -> list[dict[str, Any]]:
         raise UserError(f"{workdir}/results.parquet holds no finished cell yet")
     for part in where:
         name, equals, value = part.partition("=")
-        if not equals or name not in rows[0]:
-            raise UserError(f"--where={part}: write COLUMN=VALUE; the results have "
-                            f"{', '.join(rows[0])}")
+        if not equals:
+            raise UserError(f"--where={part}: write COLUMN=VALUE")
+        if name not in rows[0]:
+            raise _no_column(f"--where={part}", name, rows)
         kept = [row for row in rows if str(row[name]) == value]
         if not kept:
             known = ", ".join(sorted({str(row[name]) for row in rows}))
@@ -75,6 +76,11 @@ def _read(workdir: Path) -> pa.Table:
         raise UserError(f"{path} is damaged: the same experiments.sweep writes it anew") from None
 
 
+def _no_column(flag: str, name: str, rows: list[dict[str, Any]]) -> UserError:
+    known = ", ".join(rows[0])
+    return UserError(f"{flag}: there is no column '{name}'; the results have {known}")
+
+
 def markdown(rows: list[dict[str, Any]], by: list[str], columns: list[str]) -> str:
     """The table as Markdown; see `groups_table`."""
     head, *lines = groups_table(rows, by, columns)
@@ -85,13 +91,13 @@ def markdown(rows: list[dict[str, Any]], by: list[str], columns: list[str]) -> s
 def groups_table(rows: list[dict[str, Any]], by: list[str], columns: list[str]) -> list[list[str]]:
     """The heading and a line a group, groups in the order of their first rows.
 
-    Raises UserError for an unknown name in `by`, and for a group with two cells of one seed: its
-    spread would not be that of seeds.
+    Raises UserError for an unknown name, and for a group with two cells of one seed: its spread
+    would not be that of seeds. A main result that no row has is left out.
     """
-    for name in by:
-        if name not in rows[0]:
-            known = ", ".join(rows[0])
-            raise UserError(f"--by={name}: there is no such column; the results have {known}")
+    for flag, names in (("by", by), ("columns", set(columns).difference(MAIN_RESULTS))):
+        for name in names:
+            if not any(name in row for row in rows):
+                raise _no_column(f"--{flag}={name}", name, rows)
     groups = arms_of(rows, by)
     for group in groups:
         seeds = [row.get("seed") for row in group.rows]

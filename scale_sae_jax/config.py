@@ -346,7 +346,8 @@ def check(config: Config) -> None:
     for path, allowed in CHOICES.items():
         section, name = path.split(".")
         value = getattr(getattr(config, section), name)
-        _require(value in allowed, f"config.{path} = '{value}' must be one of {', '.join(allowed)}")
+        choices = ", ".join(choice or "''" for choice in allowed)
+        _require(value in allowed, f"config.{path} = '{value}' must be one of {choices}")
     for name in ("steps", "batch_size", "steps_per_call", "log_every", "keep_checkpoints"):
         value = getattr(config, name)
         _require(value > 0, f"config.{name} = {value} must be at least 1")
@@ -358,7 +359,14 @@ def check(config: Config) -> None:
     for name in ("warmup", "decay"):
         value = getattr(optim, name)
         _require(0 <= value <= 1, f"config.optim.{name} = {value} is a fraction: 0 to 1")
+    for name in ("b1", "b2"):
+        value = getattr(optim, name)
+        _require(0 <= value < 1, f"config.optim.{name} = {value} must be at least 0 and below 1")
+    _require(optim.eps > 0, f"config.optim.eps = {optim.eps} must be positive")
     _require(config.eval.tokens > 0, "config.eval.tokens must be at least 1")
+    for name in ("bootstrap", "seed"):
+        value = getattr(config.eval, name)
+        _require(value >= 0, f"config.eval.{name} = {value} must not be negative")
 
 
 def _check_sae(sae: SAEConfig) -> None:
@@ -374,7 +382,14 @@ def _check_sae(sae: SAEConfig) -> None:
         sae.active <= sae.experts,
         f"config.sae.active = {sae.active} exceeds experts = {sae.experts}: lower active",
     )
-    for name in ("orthogonality", "balance_rate", "penalty_rate"):
+    _require(
+        0 < sae.dead_after < 2**31,  # tokens are counted in int32
+        f"config.sae.dead_after = {sae.dead_after} must lie between 1 and {2**31 - 1}",
+    )
+    for name in (
+        "load_balance", "auxk_weight", "auxk_latents", "orthogonality", "balance_rate",
+        "penalty_rate",
+    ):
         value = getattr(sae, name)
         _require(value >= 0, f"config.sae.{name} = {value} must not be negative")
     for name in ("penalty", "bandwidth"):
@@ -400,7 +415,17 @@ def _check_sources(config: Config) -> None:
             _require(path == "", f"config.{name}.path = '{path}' and config.synthetic.features are "
                      "two sources of activations: leave one out")
         return
+    _require(
+        activations.max_norm_ratio >= 0,
+        f"config.activations.max_norm_ratio = {activations.max_norm_ratio} must not be negative: "
+        "0 keeps all",
+    )
     if activations.is_array:
+        _require(
+            activations.buffer == 0,
+            f"config.activations.path = '{activations.path}' is an array, which needs no "
+            "config.activations.buffer: leave one out",
+        )
         _require(
             0 < text.heldout_fraction < 1,
             f"config.text.heldout_fraction = {text.heldout_fraction} must lie between 0 and 1",
@@ -412,6 +437,8 @@ def _check_sources(config: Config) -> None:
              "--config.text.path=FILE.jsonl")
     _require(lm.layer >= 0, f"config.lm.layer = {lm.layer} must be 0 or more")
     _require(lm.rows_per_batch > 0, "config.lm.rows_per_batch must be at least 1")
+    _require(text.max_documents >= 0,
+             f"config.text.max_documents = {text.max_documents} must not be negative: 0 takes all")
     _require(text.context > 1, f"config.text.context = {text.context} must be at least 2")
     _require(
         text.heldout_path != "" or 0 < text.heldout_fraction < 1,

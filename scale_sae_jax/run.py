@@ -16,7 +16,7 @@ from scale_sae_jax import workdir as folders
 from scale_sae_jax.activations.array import ActivationArray, open_array
 from scale_sae_jax.activations.harvest import harvest
 from scale_sae_jax.activations.masks import largest_norm
-from scale_sae_jax.activations.store import ActivationStore, open_store
+from scale_sae_jax.activations.store import ActivationStore, is_complete, open_store, verify
 from scale_sae_jax.activations.stream import ActivationStream
 from scale_sae_jax.activations.synthetic import (
     SyntheticActivations,
@@ -34,7 +34,7 @@ from scale_sae_jax.parallel import processes
 from scale_sae_jax.parallel.experts import on_mesh
 from scale_sae_jax.parallel.mesh import mesh_of_run
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
-from scale_sae_jax.sae.registry import build
+from scale_sae_jax.sae.registry import build, has_experts
 from scale_sae_jax.text.sources import Document, check_text
 from scale_sae_jax.text.splits import heldout_documents
 from scale_sae_jax.training import metrics, state
@@ -98,15 +98,38 @@ def check_sources(config: Config) -> None:
 
 
 def check_run(config: Config) -> None:
-    """`check_sources`, and what the architecture and the devices at hand do not allow."""
+    """`check_sources`, and what the architecture, the devices or the text to hold out forbid."""
     check_sources(config)
     mesh_of_run(config, _experts(config))
+    if config.synthetic.features or config.activations.is_array:
+        return
+    text, trained = config.text, np.empty(0, np.uint64)
+    if next(heldout_documents(text, trained, same_text=True), None) is None:
+        how = f"heldout_path = '{text.heldout_path}'" if text.heldout_path else (
+            f"heldout_fraction = {text.heldout_fraction} of config.text.path = '{text.path}'"
+        )
+        raise UserError(
+            f"config.text.{how} holds out no document to evaluate on: give more text, or name some "
+            "with --config.text.heldout_path=FILE.jsonl"
+        )
+
+
+def check_rows(config: Config, sources: Sources) -> None:
+    """Refuses sources with fewer activations than a batch. Raises UserError."""
+    n = sources.train.n
+    if n < config.batch_size:
+        raise UserError(
+            f"{_name_of_data(config, config.text)} gives {n} activations to train on, fewer than "
+            f"config.batch_size = {config.batch_size}: give more, or lower it"
+        )
 
 
 def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -> Sources:
     """The activations to train on, harvested now if the store is not complete.
 
-    Raises Interrupted when `stop` is set during a harvest; complete shards are kept.
+    A store that was complete before is read whole and compared with its checksums, unless the run
+    in `workdir` has a checkpoint: it was compared then. Raises UserError if it is damaged, and
+    Interrupted when `stop` is set during a harvest; complete shards are kept.
     """
     if config.synthetic.features:
         return Sources(*open_synthetic(config.synthetic), None)
@@ -124,8 +147,11 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
         if processes.any_of(stop.is_set()):
             raise Interrupted(f"harvest stopped at {done} of {total} activations")
 
+    unread = is_complete(path) and not (workdir / "checkpoints").exists()
     harvest(lm, config.text, resolved(config).activations, config.lm, path, progress)
     store = open_store(path)
+    if unread:
+        processes.lead_alone(lambda: verify(store))
     if store.manifest.note:
         console.note(store.manifest.note)
     return Sources(store, None, lm)
@@ -160,6 +186,8 @@ def read_heldout(
     Args:
       text: where to evaluate. On the text trained on, its held-out documents count; of another
         text all documents do, except those that were trained on.
+
+    Raises UserError if no token is left.
     """
     skipped = []
     if sources.lm is None:
@@ -176,6 +204,14 @@ def read_heldout(
         kept.append(batch)
         tokens += int(batch.real.sum())
         console.progress("held-out activations", tokens, max(tokens, config.eval.tokens))
+    if not tokens:
+        why = f"the run was trained on {len(skipped)} of its documents" if skipped else (
+            "it has no document to evaluate on that gives a token"
+        )
+        raise UserError(
+            f"{_name_of_data(config, text)} leaves no held-out token: {why}; "
+            "give other text with --config.text.path"
+        )
     return Heldout(kept, tokens, len(skipped))
 
 
@@ -202,6 +238,7 @@ def run(
     for remark in processes.lead_alone(lambda: folders.claim(config, workdir)) or []:
         console.note(remark)
     sources = sources or open_sources(config, workdir, stop, console)
+    check_rows(config, sources)
     config = sized(config, workdir, sources.train.d)
     show = lambda record: console.step(record, config.steps)  # noqa: E731
     summary = train(config, sources.train, workdir, stop, show)
@@ -250,7 +287,8 @@ def evaluate_run(
     sample = store.rows(np.linspace(0, store.n - 1, min(store.n, PCA_ROWS)).astype(np.int64))
     max_norm = largest_norm(store.median_norm, ratio)
     directions = pca.components(sample, np.asarray(store.mean), min(config.sae.k, store.d))
-    results["fvu_pca"] = pca.fvu(heldout.batches, np.asarray(store.mean), directions, max_norm)
+    fvu_pca = pca.fvu(heldout.batches, np.asarray(store.mean), directions, max_norm)
+    results["fvu_pca"] = json_value(fvu_pca)
     results["eval_text"] = _name_of_data(config, text)
     results["eval_documents_skipped"] = heldout.skipped
     results["architecture"] = config.sae.architecture
@@ -320,8 +358,9 @@ def sized(config: Config, workdir: Path, width: int) -> Config:
 
 
 def _experts(config: Config) -> int:
-    """Experts of the run. Raises UserError for sizes that its architecture cannot have."""
-    return 1 if config.sae.match == "time" else build(config.sae, 1).experts
+    """Experts of the run. Raises UserError as `build`; a width by time is not known yet."""
+    by_time = config.sae.match == "time" and not has_experts(config.sae)
+    return 1 if by_time else build(config.sae, 1).experts
 
 
 def _name_of_data(config: Config, text: TextConfig) -> str:

@@ -36,6 +36,7 @@ from scale_sae_jax.run import (
     Console,
     Heldout,
     Sources,
+    check_rows,
     check_run,
     evaluate_run,
     load,
@@ -137,7 +138,9 @@ def read_grid(name: str) -> list[Cell]:
         raise
     except Exception as error:  # whatever a grid file of the user's may raise
         raise UserError(f"{type(error).__name__} in --grid={name}: {error}") from error
-    if not cells or not all(isinstance(c, Cell) for c in cells):
+    if not cells:
+        raise UserError(f"--grid={name}: the grid has no cells; look at its arguments")
+    if not all(isinstance(c, Cell) for c in cells):
         raise UserError(f"--grid={name}: get_grid must return a list of scale_sae_jax.sweep.cell")
     seen = set()
     for here in cells:
@@ -251,6 +254,7 @@ def sources_of(
     if key not in shared:
         check_run(here.config)
         shared[key] = open_sources(here.config, workdir / here.name, stop, console), {}
+    check_rows(here.config, shared[key][0])
     return shared[key][0]
 
 

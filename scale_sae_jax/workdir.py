@@ -13,7 +13,9 @@ from scale_sae_jax.config import Config, flatten, from_config_dict
 from scale_sae_jax.errors import UserError
 
 # Settings that do not decide what the next step computes from the same state.
-FREE = ("steps", "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "wandb")
+FREE = (
+    "steps", "mesh", "steps_per_call", "log_every", "checkpoint_every", "keep_checkpoints", "wandb"
+)
 FREE_SECTIONS = ("eval",)
 # Settings that do, but that a user may well change on purpose when a run goes on.
 ADJUSTABLE = ("optim.lr", "optim.warmup", "optim.decay")
@@ -25,12 +27,18 @@ def claim(config: Config, workdir: Path) -> list[str]:
     """Writes config.json, or checks it against that of the run to be resumed, if it has begun.
 
     Returns remarks on settings that changed and make the rest of the run another one. Raises
-    UserError when the folder holds a run with other settings.
+    UserError when the folder holds a run with other settings, or no step is left to take with them.
     """
     path = workdir / "config.json"
     remarks = []
     if path.exists() and any((workdir / name).exists() for name in BEGUN):
         old, new = (flatten(dataclasses.asdict(c)) for c in (read_config(workdir), config))
+        done = _steps_done(workdir)
+        if config.steps < done:
+            raise UserError(
+                f"{workdir} holds a run that has taken {done} steps, more than config.steps = "
+                f"{config.steps}: choose another --workdir, or at least {done} steps"
+            )
         for name in new:
             if old[name] == new[name] or name in FREE or name.split(".")[0] in FREE_SECTIONS:
                 continue
@@ -38,6 +46,12 @@ def claim(config: Config, workdir: Path) -> list[str]:
                 raise UserError(
                     f"{workdir} holds a run with config.{name} = {old[name]!r}, not {new[name]!r}: "
                     "choose another --workdir, or the same settings to resume it"
+                )
+            if config.steps == done:
+                raise UserError(
+                    f"{workdir} holds a run that has taken all of its {done} steps with config."
+                    f"{name} = {old[name]!r}, so {new[name]!r} would do nothing: raise "
+                    "config.steps, or choose another --workdir"
                 )
             remarks.append(f"config.{name} changed from {old[name]!r} to {new[name]!r}")
         if old["steps"] != new["steps"]:
@@ -51,6 +65,12 @@ def claim(config: Config, workdir: Path) -> list[str]:
             f"cannot write to {workdir}: {error.strerror}; choose another --workdir"
         ) from None
     return remarks
+
+
+def _steps_done(workdir: Path) -> int:
+    """The step of the newest checkpoint, 0 if there is none."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def read_config(workdir: Path) -> Config:

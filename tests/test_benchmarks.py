@@ -40,6 +40,13 @@ def test_sizes_that_do_not_fit_are_refused_in_a_line():
     assert "Traceback" not in refused.stderr and not refused.stdout
 
 
+def test_features_that_exceed_memory_are_refused_in_a_line():
+    command = [sys.executable, "-m", "benchmarks.synthetic", "--features=100000000000"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2 and "--features=100000000000 with" in refused.stderr
+    assert "Traceback" not in refused.stderr and not refused.stdout
+
+
 def test_together_is_measured_beside_alone():
     out = run("together", "--runs=2", "--repeats=1", "--presets=paper,topk").stdout
     lines = [json.loads(line) for line in out.splitlines()]

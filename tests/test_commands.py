@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,6 +240,7 @@ for number, (command, *args) in enumerate(json.load(sys.stdin)):
 def mistakes(data, tmp_path):
     """(command and arguments, what the one line must name)."""
     (tmp_path / "config.json").write_text("{")
+    (tmp_path / "grid.py").write_text("def get_grid(arg=''):\n    return []\n")
     (tmp_path / "broken.py").write_text("def get_config(arg=''):\n    return 1 / 0\n")
     new = tmp_path / "run"
     text = text_flags(data, new)
@@ -264,7 +266,10 @@ def mistakes(data, tmp_path):
         (["train", *text, "surplus"], "'surplus'"),
         (["train", "--config=configs/absent.py"], "configs/absent.py"),
         (["train", f"--config={tmp_path}/broken.py"], "ZeroDivisionError"),
-        (["train"], "--config"),
+        (["train", f"--config={tmp_path}/grid.py:seeds=1"], "a grid: use experiments.sweep"),
+        (["sweep", "--grid=configs/array.py", f"--workdir={new}"], "use experiments.train"),
+        (["train"], "--config is missing"),
+        (["sweep"], "--grid and --workdir are missing"),
         (["train", *array_flags(data, new, "absent")], "absent.npy"),
         (["train", *array_flags(data, new, "solid")], "(4, 4, 4)"),
         (["train", *array_flags(data, new, "nan")], "row 0"),
@@ -278,8 +283,22 @@ def mistakes(data, tmp_path):
     ]
 
 
+def test_help_lists_the_flags_that_commands_share():
+    for command, names in (("train", "config coordinator"), ("dashboard", "workdir step"),
+                           ("report", "where")):
+        with begin(command, "--help") as process:
+            out, _ = process.communicate(timeout=60)
+        assert all(re.search(rf"^ +--{name}:", out, re.MULTILINE) for name in names.split()), out
+
+
 def test_mistakes_are_told_in_one_line_with_status_2(data, tmp_path, trained):
     cases = mistakes(data, tmp_path)
+    hollow = tmp_path / "hollow"
+    hollow.mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(trained[0] / name, hollow)
+    (hollow / "eval.json").write_text("{}")
+    cases += [(["plot", f"--workdir={hollow}"], "eval.json has no fvu")]
     run = f"--workdir={trained[0]}"
     cases += [
         (["evaluate", run, "--step=7"], "checkpoint 7: there are 30"),
@@ -299,6 +318,8 @@ def test_mistakes_are_told_in_one_line_with_status_2(data, tmp_path, trained):
         (["export", run, f"--to={tmp_path}/a", "--format=gemma_scope"], "a router masks"),
         (["export", run, f"--to={tmp_path}/a", "--format=sae_lens", "--expert=0"], "2 experts"),
         (["export", run, f"--to={tmp_path}/a", "--format=delphi", "--sae_id=b"], "--sae_id is for"),
+        (["export", run, f"--to={tmp_path}/a", "--format=sae_lens", "--splits=3"],
+         "--splits is for"),
         (["export", run, "--to=nobody", "--format=hub"], "owner/name"),
         (["export", run, f"--to={tmp_path}/a", "--format=delphi", "--config.sae.k=1"],
          "only config.text and config.eval.tokens may change"),

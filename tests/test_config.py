@@ -147,7 +147,7 @@ def test_the_valid_config_is_valid():
 def test_an_unknown_choice_is_refused_with_the_choices(path):
     message = refusal(lambda: check(changed(path, "nonsense")))
     assert f"config.{path}" in message
-    assert all(choice in message for choice in CHOICES[path])
+    assert all((choice or "''") in message for choice in CHOICES[path])
     for choice in CHOICES[path]:
         check(changed(path, choice))
 
@@ -166,6 +166,18 @@ def test_an_unknown_choice_is_refused_with_the_choices(path):
         ("optim.warmup", -0.1),
         ("optim.decay", 1.1),
         ("eval.tokens", 0),
+        ("optim.b1", 1.5),
+        ("optim.b2", -0.1),
+        ("optim.eps", -1.0),
+        ("sae.load_balance", -3.0),
+        ("sae.auxk_weight", -1.0),
+        ("activations.max_norm_ratio", -3.0),
+        ("eval.bootstrap", -1),
+        ("eval.seed", -1),
+        ("sae.dead_after", 0),
+        ("sae.dead_after", 3_000_000_000),
+        ("sae.auxk_latents", -1),
+        ("text.max_documents", -1),
         ("sae.latents", 0),
         ("sae.experts", 0),
         ("sae.active", 0),
@@ -214,6 +226,10 @@ def test_an_array_needs_no_model_or_text_but_a_fraction():
     text = TextConfig(heldout_fraction=0.0)
     message = refusal(lambda: check(Config(activations=array, text=text)))
     assert "config.text.heldout_fraction" in message
+    for wrong in ({"buffer": 4}, {"max_norm_ratio": -1.0}):
+        unfit = dataclasses.replace(array, **wrong)
+        message = refusal(lambda unfit=unfit: check(Config(activations=unfit)))
+        assert all(f"config.activations.{name}" in message for name in wrong)
 
 
 def test_config_is_frozen():
@@ -262,3 +278,9 @@ def test_every_config_file_stands_without_arguments_and_names_unknown_ones(path)
     get_config = config_file(path)
     from_config_dict(get_config("path=x.npy" if path.stem == "array" else ""))
     assert "'nonsense'" in refusal(lambda: get_config("nonsense=1"))
+
+
+def test_the_config_of_an_array_needs_its_path():
+    get_config = config_file(Path(__file__).parent.parent / "configs" / "array.py")
+    for arg in ("", "path=acts.bin"):
+        assert "path=FILE.npy" in refusal(lambda arg=arg: get_config(arg))

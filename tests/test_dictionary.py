@@ -427,6 +427,9 @@ def test_sizes_and_options_that_do_not_fit_are_refused():
         build(SAEConfig(architecture="topk"), D)
     with pytest.raises(UserError, match="measured by experiments.train"):
         build(SAEConfig(architecture="topk", match="time"), D)
+    for match in ("active", "width", "time"):
+        with pytest.raises(UserError, match=f"match = '{match}' .* 'scale' has experts"):
+            build(SAEConfig(match=match), D)
     with pytest.raises(UserError, match="cannot be regrouped"):
         preset("switch", latents=60, experts=15, active=2, k=4, match="active")
     with pytest.raises(UserError, match="is for one dictionary"):

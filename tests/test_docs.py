@@ -13,6 +13,7 @@ import pytest
 from small_run import train_small
 
 from scale_sae_jax.sae import registry
+from scale_sae_jax.sweep import read_grid
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +65,18 @@ def test_extending(monkeypatch):
     assert names["value"] == pytest.approx(expected, rel=1e-4)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(names["gradient"]))
     np.testing.assert_allclose(sae.encode(params, x).values, acts * unit, rtol=1e-4, atol=1e-5)
+
+
+def test_a_config_and_a_grid_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config, grid = blocks("configs.md", "python")
+    names = {}
+    exec(compile(config, "configs.md", "exec"), names)
+    assert names["get_config"]("l0=16").lm.layer == 10
+    path = tmp_path / "my_grid.py"
+    path.write_text(grid)
+    cells = read_grid(f"{path}:")
+    assert len(cells) == 6 and {cell.config.sae.k for cell in cells} == {16, 32}
 
 
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))

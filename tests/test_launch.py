@@ -69,6 +69,9 @@ def test_slurm_and_tpu_commands():
         (["--on=local", "--command=experiments.train"], "has no --workdir"),
         (["--on=local", "--command='"], "quote"),
         (["--on=tpu", f"--command={TRAIN}"], "--zone is missing"),
+        (["--on=slurm", "--gpus_per_node=0", f"--command={TRAIN}"], "--gpus_per_node=0"),
+        (["--on=local", "--cpu_devices=-1", f"--command={TRAIN}"], "--cpu_devices=-1"),
+        ([], "--on and --command are missing"),
     ],
 )
 def test_what_cannot_be_launched_is_told_in_a_line(flags, message):
@@ -87,6 +90,8 @@ def test_plan_of_a_mesh_and_what_to_change():
     assert "fits with --config.mesh=data:1,expert:4" in out
     for flags, message in (
         (["--d=768"], "add --devices=N"),
+        (["--d=-5", "--devices=1"], "--d=-5"),
+        (["--d=768", "--devices=-1"], "--devices=-1"),
         (["--d=768", "--mesh=expert:3"], "take expert:1"),
         (["--d=768", "--mesh=data:3"], "cannot be split over 3 devices: take 8193"),
     ):

@@ -10,7 +10,15 @@ import pytest
 
 import scale_sae_jax
 from scale_sae_jax import run as runs
-from scale_sae_jax.config import Config, EvalConfig, OptimConfig, SyntheticConfig, check
+from scale_sae_jax.config import (
+    Config,
+    EvalConfig,
+    LMConfig,
+    OptimConfig,
+    SyntheticConfig,
+    TextConfig,
+    check,
+)
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.run import run
 from scale_sae_jax.sae.presets import preset
@@ -105,3 +113,58 @@ def test_two_sources_are_refused():
     with pytest.raises(UserError, match="synthetic.features = 5 must"):
         few = dataclasses.replace(SMALL, features=5)
         runs.check_sources(dataclasses.replace(CONFIG, synthetic=few))
+
+
+@pytest.mark.parametrize("match", ["active", "time"])
+def test_experts_are_not_matched(tmp_path, match):
+    sae = preset("paper", latents=64, experts=4, active=2, k=4)
+    config = dataclasses.replace(CONFIG, sae=dataclasses.replace(sae, match=match))
+    with pytest.raises(UserError, match="has experts: leave match empty"):
+        run(config, tmp_path / "run", Event())
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_activations_than_a_batch_are_refused_before_training(tmp_path):
+    few = dataclasses.replace(SMALL, samples=100)
+    with pytest.raises(UserError, match="gives 100 activations .* config.batch_size = 128"):
+        run(dataclasses.replace(CONFIG, synthetic=few), tmp_path, Event())
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_undefined_result_is_null_in_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.pca, "fvu", lambda *_: float("nan"))
+    assert run(dataclasses.replace(CONFIG, steps=2), tmp_path, Event())["fvu_pca"] is None
+    assert '"fvu_pca": null' in (tmp_path / "eval.json").read_text()
+
+
+def on_text(folder, **settings):
+    """CONFIG on a text of one document, which is not held out at the fraction by default."""
+    (folder / "one.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
+    text = TextConfig(path=f"{folder}/one.jsonl", **settings)
+    return dataclasses.replace(
+        CONFIG, synthetic=SyntheticConfig(), lm=LMConfig(path="model"), text=text
+    )
+
+
+def test_a_text_that_holds_out_nothing_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "check_sources", lambda config: None)
+    runs.check_run(on_text(tmp_path, heldout_fraction=0.999))
+    runs.check_run(on_text(tmp_path, heldout_path=f"{tmp_path}/one.jsonl"))
+    with pytest.raises(UserError, match="heldout_fraction = 0.001 of .* holds out no document"):
+        runs.check_run(on_text(tmp_path, heldout_fraction=0.001))
+
+
+@pytest.mark.parametrize(
+    ("skipped", "reason"), [(2, "was trained on 2 of its documents"), (0, "it has no document")]
+)
+def test_why_no_token_is_left_to_evaluate_on(tmp_path, monkeypatch, skipped, reason):
+    def nothing(config, text, sources, on_skip):
+        for _ in range(skipped):
+            on_skip("document")
+        return iter(())
+
+    monkeypatch.setattr(runs, "heldout_text", nothing)
+    train, lm = (object.__new__(kind) for kind in (runs.ActivationArray, runs.LanguageModel))
+    config, sources = on_text(tmp_path), runs.Sources(train, None, lm)
+    with pytest.raises(UserError, match=f"one.jsonl leaves no held-out token: .*{reason}"):
+        runs.read_heldout(config, config.text, sources)

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from scale_sae_jax import run as runs
 from scale_sae_jax.activations import store
 from scale_sae_jax.activations.array import CHUNK_ROWS, open_array
 from scale_sae_jax.config import ActivationsConfig, Config, TextConfig
@@ -170,6 +171,28 @@ def test_verify_finds_a_flipped_bit(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match="shard-00001.npy is damaged: its checksum"):
         store.verify(store.open_store(tmp_path))
+
+
+def test_a_run_compares_the_store_that_it_finds_with_its_checksums(tmp_path, monkeypatch):
+    folder = tmp_path / "store"
+    folder.mkdir()
+    make_store(folder)
+    monkeypatch.setattr(runs, "load_language_model", lambda config: None)
+    monkeypatch.setattr(runs, "harvest", lambda *_: None)
+    config = Config(activations=ActivationsConfig(path=str(folder)))
+
+    def opened():
+        return open_sources(config, tmp_path, Event(), Console()).train.n
+
+    n = opened()
+    path = folder / "shard-00001.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="shard-00001.npy is damaged: its checksum"):
+        opened()
+    (tmp_path / "checkpoints").mkdir()  # of a run that has trained, it was compared before
+    assert opened() == n
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

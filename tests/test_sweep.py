@@ -33,7 +33,7 @@ from experiments import table
 from scale_sae_jax import sweep
 from scale_sae_jax.activations.array import ActivationArray
 from scale_sae_jax.company import check_together, company
-from scale_sae_jax.config import Config, TextConfig, to_config_dict
+from scale_sae_jax.config import Config, LMConfig, TextConfig, to_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.run import Heldout, Sources, open_sources, read_heldout
 from scale_sae_jax.sae import build
@@ -120,6 +120,13 @@ def test_the_grids_of_this_project_have_their_cells(name, cells):
         assert active == {512}
 
 
+def test_a_text_of_ones_own_leaves_behind_what_fits_the_grids_text():
+    (given,) = sweep.read_grid("configs/grids/experts.py:seeds=1,text=a.jsonl")[:1]
+    (usual,) = sweep.read_grid("configs/grids/experts.py:seeds=1")[:1]
+    assert usual.config.text.where.startswith("topic!=")
+    assert given.config.text == TextConfig(path="a.jsonl")
+
+
 def test_a_cell_keeps_its_axes_and_takes_overrides():
     axes = {"preset": "top/k", "seed": 3, "lr": 0.1}
     made = cell(axes, settings(), {"steps": 7, "eval.tokens": 9, "optim.lr": 1})
@@ -201,6 +208,7 @@ def fake(monkeypatch):
         return Sources(dataclasses.replace(part, identity=config.activations.path), part, None)
 
     monkeypatch.setattr(sweep, "check_run", lambda config: None)
+    monkeypatch.setattr(sweep, "check_rows", lambda config, sources: None)
     monkeypatch.setattr(sweep, "open_sources", open_sources)
     monkeypatch.setattr(sweep, "read_heldout", lambda *_: Heldout([], 0, 0))
     monkeypatch.setattr(sweep, "run", run)
@@ -215,10 +223,12 @@ def fake_cells(seeds, arrays=("a", "b")):
 def test_a_stream_is_let_go_unless_the_next_cell_takes_it(tmp_path, fake, monkeypatch):
     points = product(axis("k", (4, 8)), axis("seed", (0, 1)))
     monkeypatch.setattr(sweep, "finished", lambda *_: None)
+    text = {"lm": LMConfig(path="lm"), "text": TextConfig(path="text")}
     for buffer, opened in ((0, 1), (2, 4)):
         fake.clear()
+        stream = {"activations.buffer": buffer}
         grid = [
-            cell(p, settings(), {"seed": p["seed"], "sae.k": p["k"], "activations.buffer": buffer})
+            cell(p, settings("", **text), {"seed": p["seed"], "sae.k": p["k"], **stream})
             for p in points
         ]
         assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
@@ -302,7 +312,8 @@ def test_columns_of_the_results(tmp_path, fake):
     row |= {"folder": "a-seed=1", "command": alone}
     assert table.read_rows(tmp_path) == [row]
     assert table.read_rows(tmp_path, ["array=a", "seed=1"]) == [row]
-    wrong = {"seed=2": "there are 1", "lr=2": "have array, seed", "seed": "write COLUMN=VALUE"}
+    wrong = {"seed=2": "there are 1", "lr=2": "no column 'lr'; the results have array, seed",
+             "seed": "write COLUMN=VALUE"}
     for where, part in wrong.items():
         assert part in refusal(lambda: table.read_rows(tmp_path, [where]))
     text = pyarrow.csv.read_csv(tmp_path / "results.csv")
@@ -551,7 +562,7 @@ def test_the_table_holds_means_and_students_intervals():
          "kl": None, "tokens_per_second": 12000.0 * fvu, "delta_ce": fvu if fvu < 0.4 else None}
         for preset, seed, fvu in (("b", 0, 0.1), ("a", 0, 0.25), ("b", 1, 0.2), ("b", 2, 0.5))
     ]
-    columns = ["params", "l0", "fvu", "kl", "absent", "tokens_per_second", "delta_ce"]
+    columns = ["params", "l0", "fvu", "kl", "mcc", "tokens_per_second", "delta_ce"]
     lines = table.markdown(rows, ["preset", "match"], columns).splitlines()
     parts = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
     shown = ["params", "l0", "fvu", "tokens_per_second", "delta_ce"]
@@ -569,6 +580,7 @@ def test_the_table_holds_means_and_students_intervals():
     assert parts[3] == ["a", "width", "1", "1,000", "32.0", "0.2500",
                         "3,000", "0.2500"]
     assert "several cells of one seed" in refusal(lambda: table.markdown(rows, ["match"], ["fvu"]))
+    assert "no column 'fvuu'" in refusal(lambda: table.markdown(rows, ["preset"], ["fvuu"]))
     assert "not a column of numbers" in refusal(
         lambda: table.markdown(rows, ["preset"], ["match"])
     )
@@ -580,6 +592,7 @@ def test_mistakes_are_told_in_one_line(data, tmp_path):  # noqa: F811
     grids = {
         "broken": "1 / 0",
         "empty": "[]",
+        "numbers": "[1]",
         "twins": made.format({}) + " * 2",
         "taken": made.format({"l0": 1}),
     }
@@ -599,7 +612,9 @@ def test_mistakes_are_told_in_one_line(data, tmp_path):  # noqa: F811
         (["sweep", grid, work, "--filter=nothing"], "no such cell"),
         (["sweep", grid, f"--workdir={data}/acts.npy/x"], "choose another --workdir"),
         (["sweep", f"--grid={tmp_path}/broken.py", work], "ZeroDivisionError"),
-        (["sweep", f"--grid={tmp_path}/empty.py", work], "must return a list"),
+        (["sweep", f"--grid={tmp_path}/empty.py", work], "has no cells"),
+        (["sweep", f"--grid={tmp_path}/numbers.py", work], "must return a list"),
+        (["sweep", f"{architectures}:seeds=0", work], "seeds=0: a grid needs at least 1"),
         (["sweep", f"--grid={tmp_path}/twins.py", work], "two cells are called cell"),
         (["sweep", f"--grid={tmp_path}/taken.py", work], "axis 'l0'"),
         (["sweep", f"{architectures}:only=nothing", work], "only=nothing"),

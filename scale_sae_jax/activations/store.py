@@ -160,8 +160,14 @@ def open_store(path: str | Path) -> ActivationStore:
     mean = _load(path / MEAN)
     if mean.shape != (manifest.d,) or mean.dtype != np.float32:
         raise _damaged(path / MEAN, f"it is not a float32 array of {manifest.d}")
+    mean = np.array(mean)
     sizes = [shard.rows for shard in manifest.shards]
     return ActivationStore(path, manifest, mean, shards, np.cumsum([0, *sizes[:-1]]))
+
+
+def is_complete(path: str | Path) -> bool:
+    """Whether there is a complete store. Raises UserError if its manifest is damaged."""
+    return (Path(path) / MANIFEST).exists() and read_manifest(Path(path)).complete
 
 
 def verify(store: ActivationStore) -> None:
@@ -179,7 +185,7 @@ def check_sum(folder: Path, shard: Shard) -> None:
 def load_shard(folder: Path, manifest: Manifest, shard: Shard) -> np.ndarray:
     """The shard as a read-only memory map [rows, D] in its stored dtype. Raises UserError."""
     path = folder / shard.file
-    rows = _load(path, mmap_mode="r")
+    rows = _load(path)
     expected = (shard.rows, manifest.d)
     if rows.shape != expected or rows.dtype != STORED[manifest.dtype]:
         raise _damaged(path, f"it is not a {manifest.dtype} array of {expected}")
@@ -193,7 +199,7 @@ def load_documents(folder: Path) -> UInt64[np.ndarray, " H"]:
     hashes = _load(folder / DOCUMENTS)
     if hashes.ndim != 1 or hashes.dtype != np.uint64 or (hashes[1:] <= hashes[:-1]).any():
         raise _damaged(folder / DOCUMENTS, "it is not a list of hashes")
-    return hashes
+    return np.array(hashes)
 
 
 def write_shard(folder: Path, number: int, rows: Shaped[np.ndarray, "T D"]) -> Shard:
@@ -241,8 +247,10 @@ def _is_sound(manifest: Manifest) -> bool:
     """Types and ranges of what reading relies on; file names must stay inside the folder."""
     counts = dataclasses.astuple(manifest.counts)
     shards = manifest.shards
+    texts = manifest.model, manifest.fingerprint, manifest.dtype, manifest.note
     return (
-        manifest.dtype in STORED
+        all(isinstance(text, str) for text in texts)
+        and manifest.dtype in STORED
         and isinstance(manifest.settings, dict)
         and isinstance(manifest.median_norm, float | int)
         and isinstance(manifest.parts, int)
@@ -255,12 +263,13 @@ def _is_sound(manifest: Manifest) -> bool:
     )
 
 
-def _load(path: Path, mmap_mode: str | None = None) -> np.ndarray:
+def _load(path: Path) -> np.memmap:
+    """A .npy file mapped into memory, so that no size in its header takes any. Raises UserError."""
     try:
-        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise _damaged(path, "it is missing") from None
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, OverflowError):
         raise _damaged(path, "it is not a whole .npy file") from None
 
 

@@ -87,6 +87,10 @@ def from_arg(arg: Any) -> SAEConfig:
 def _own_active(sizes: dict[str, int], own: int, match: str) -> dict[str, int]:
     if match == "width":
         return {"active": own}
+    if sizes["active"] > sizes["experts"]:
+        raise UserError(
+            f"active={sizes['active']} exceeds experts={sizes['experts']}: a token uses at most all"
+        )
     experts = sizes["experts"] * own
     if experts % sizes["active"]:
         raise UserError(

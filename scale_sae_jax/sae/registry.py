@@ -28,18 +28,33 @@ ARCHITECTURES = {
 def build(config: SAEConfig, width: int) -> Autoencoder:
     """The autoencoder that `config` names, for activations with `width` coordinates.
 
-    Its own config holds the sizes that `match` resolves to. Raises UserError for an unknown name,
-    and for sizes that the architecture cannot have.
+    Its own config holds the sizes that `match` resolves to. Raises UserError as `has_experts`, and
+    for sizes that the architecture cannot have.
+    """
+    module = ARCHITECTURES.get(config.architecture)
+    if not has_experts(config):
+        config = _one_dictionary(config)
+    return Autoencoder(module(config, width), config, width)
+
+
+def has_experts(config: SAEConfig) -> bool:
+    """Whether the architecture has experts, and not one dictionary.
+
+    Raises UserError for an unknown name, and for a `match` of an architecture with experts.
     """
     if config.architecture not in ARCHITECTURES:
         raise UserError(
             f"config.sae.architecture = '{config.architecture}' is unknown: "
             f"choose one of {', '.join(ARCHITECTURES)}"
         )
-    module = ARCHITECTURES[config.architecture]
-    if issubclass(module, DictionarySAE):
-        config = _one_dictionary(config)
-    return Autoencoder(module(config, width), config, width)
+    if issubclass(ARCHITECTURES[config.architecture], DictionarySAE):
+        return False
+    if config.match:
+        raise UserError(
+            f"config.sae.match = '{config.match}' sets the width of one dictionary, but "
+            f"architecture '{config.architecture}' has experts: leave match empty"
+        )
+    return True
 
 
 def _one_dictionary(config: SAEConfig) -> SAEConfig:

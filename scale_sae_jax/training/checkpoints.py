@@ -17,12 +17,24 @@ policies = ocp.training.preservation_policies
 
 
 class Checkpoints:
-    """The checkpoints of one run. Use as a context manager: leaving it waits for pending writes."""
+    """The checkpoints of one run. Use as a context manager: leaving it waits for pending writes.
+
+    Raises UserError if what was measured at a step cannot be read.
+    """
 
     def __init__(self, folder: Path, keep: int = 1):
         best = policies.BestN(get_metric_fn=lambda metrics: metrics["fvu"], reverse=True, n=1)
         keep_policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
-        self._orbax = ocp.training.Checkpointer(folder.resolve(), preservation_policy=keep_policy)
+        self._folder = folder
+        try:  # reads what was measured at each step
+            self._orbax = ocp.training.Checkpointer(
+                folder.resolve(), preservation_policy=keep_policy
+            )
+        except ValueError as error:
+            raise UserError(
+                f"{folder} holds a damaged checkpoint: {str(error)[:200]}; delete the folder of "
+                "the newest step in it to fall back on an older one"
+            ) from error
         self._pending = None
 
     def __enter__(self) -> "Checkpoints":
@@ -62,23 +74,29 @@ class Checkpoints:
 
     def restore(self, step: int, target: TrainState) -> TrainState:
         """The state at `step`, laid out as the abstract `target`. Raises UserError if damaged."""
-        with _readable(step):
+        with _readable(self._folder / str(step)):
             return self._orbax.load(step, target)
 
     def width(self, step: int) -> int:
         """D of the stored autoencoder, from the shape of b_dec. Raises UserError if damaged."""
-        with _readable(step):
+        with _readable(self._folder / str(step)):
             return self._orbax.metadata(step).metadata["params"]["b_dec"].shape[0]
 
 
 @contextlib.contextmanager
-def _readable(step: int) -> Iterator[None]:
+def _readable(checkpoint: Path) -> Iterator[None]:
     """What Orbax raises for a damaged checkpoint, as UserError."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+    except (KeyError, TypeError) as error:  # of the reader itself: they tell a user nothing
+        raise _unreadable(checkpoint, "its files are damaged") from error
+    except (ValueError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(
-            f"checkpoint {step} cannot be read: {reason[:200]}; "
-            "delete its folder to fall back on an older one"
-        ) from error
+        raise _unreadable(checkpoint, reason[:200]) from error
+
+
+def _unreadable(checkpoint: Path, reason: str) -> UserError:
+    return UserError(
+        f"checkpoint {checkpoint.name} cannot be read: {reason}; delete {checkpoint} to fall back "
+        "on an older one, or the run's folder to train anew"
+    )
