@@ -118,7 +118,7 @@ def test_plan_of_the_state_by_hand():
     )
 
 
-@pytest.mark.parametrize("flags", (["--mesh=data:2/expert:4"], ["--mesh=expert:8", "--auxk"]))
+@pytest.mark.parametrize("flags", (["--mesh=data:2,expert:4"], ["--mesh=expert:8", "--auxk"]))
 def test_plan_and_state_against_the_compiled_step(flags):
     _, out, _ = call(
         "benchmarks.scaling", "--d=256", "--latents=16384", "--experts=32", "--batch=2048", *flags
