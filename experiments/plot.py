@@ -13,7 +13,7 @@ from scale_sae_jax.training.metrics import read_lines
 from scale_sae_jax.workdir import read_config, read_json
 
 FLAGS = flags.FLAGS
-SHOWN = ("fvu", "fvu_pca", "total_width", "active_width", "l0")  # of eval.json
+SHOWN = ("fvu", "total_width", "active_width", "l0")  # of eval.json
 
 
 def define(argv: list[str]) -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     seen, fvu = zip(*((line["tokens"], line["fvu"]) for line in lines), strict=True)
     axes.plot(seen, fvu, label="training batches")
     axes.axhline(results["fvu"], color="C1", label=f"held out: {results['fvu']:.3f}")
-    if results["fvu_pca"] is not None:
+    if results.get("fvu_pca") is not None:
         axes.axhline(results["fvu_pca"], color="C2", ls="--",
                      label=f"PCA of rank {config.sae.k}, held out: {results['fvu_pca']:.3f}")
     axes.set(xlabel="activations seen", ylabel="FVU", ylim=(0, 1),
