@@ -31,14 +31,14 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.step import define_sizes
 from experiments import command_line
 from scale_sae_jax.config import OptimConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel.experts import on_mesh
-from scale_sae_jax.parallel.mesh import DATA, EVERYWHERE, EXPERT, TOKENS, parse_mesh
+from scale_sae_jax.parallel.mesh import DATA, EVERYWHERE, EXPERT, TOKENS, make_mesh
 from scale_sae_jax.parallel.plan import plan
 from scale_sae_jax.sae import build, kernels
 from scale_sae_jax.sae.presets import preset
@@ -135,12 +135,8 @@ def measure(spec: str, devices: Sequence[jax.Device]) -> dict[str, float | int |
         preset(FLAGS.preset, **sizes),
         kernel=FLAGS.kernel or kernels.BEST[platform], auxk=FLAGS.auxk,
     )
-    axes = parse_mesh(spec, config.experts, len(devices))
-    size = math.prod(axes.values())
-    batch, adam = FLAGS.batch * (size if FLAGS.weak else 1), OptimConfig()
-    mesh = jax.make_mesh(
-        tuple(axes.values()), tuple(axes), (AxisType.Auto,) * 2, devices=devices[:size]
-    )
+    mesh = make_mesh(spec, config.experts, devices)
+    batch, adam = FLAGS.batch * (mesh.size if FLAGS.weak else 1), OptimConfig()
     sae = on_mesh(build(config, FLAGS.d), mesh)
     tx = optimiser(adam, sae.latents, 1000, config.decoder_norm)
     layout = state.layout(sae, tx, adam, mesh)
@@ -155,9 +151,7 @@ def measure(spec: str, devices: Sequence[jax.Device]) -> dict[str, float | int |
     mean = jax.ShapeDtypeStruct((FLAGS.d,), jnp.float32)
     start = state.abstract(sae, tx, adam, mesh)
     compiled = steps.lower(start, x, 1, mean).compile()
-    memory, cost, text = (
-        compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    )
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     experts = [start.params, *(getattr(start.opt_state[2], name) for name in ("mu", "nu"))]
     line = {
         "mesh": f"data:{mesh.shape[DATA]},expert:{mesh.shape[EXPERT]}",

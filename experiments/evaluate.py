@@ -20,7 +20,14 @@ from ml_collections import config_flags
 from experiments import command_line
 from experiments.console import Bars, table
 from scale_sae_jax import load
-from scale_sae_jax.config import Config, TextConfig, flatten, from_config_dict, to_config_dict
+from scale_sae_jax.config import (
+    OF_A_TEXT,
+    Config,
+    TextConfig,
+    flatten,
+    from_config_dict,
+    to_config_dict,
+)
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.run import check_sources, evaluate_run, open_sources, read_heldout
 from scale_sae_jax.workdir import read_config
@@ -72,8 +79,7 @@ def text_asked_for(asked: TextConfig, trained: TextConfig) -> TextConfig:
     if asked.path == trained.path:
         return asked
     default = TextConfig()
-    names = ("subset", "split", "field", "where", "heldout_path", "max_documents")
-    left = {n: getattr(default, n) for n in names if getattr(asked, n) == getattr(trained, n)}
+    left = {n: getattr(default, n) for n in OF_A_TEXT if getattr(asked, n) == getattr(trained, n)}
     return dataclasses.replace(asked, **left)
 
 

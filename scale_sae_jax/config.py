@@ -253,6 +253,8 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
+# Of `TextConfig`, what fits one path alone: with another path it goes back to its default.
+OF_A_TEXT = ("subset", "split", "field", "where", "heldout_path", "max_documents")
 CHOICES = {
     "lm.dtype": ("float32", "bfloat16"),
     "text.packing": ("pack", "one"),

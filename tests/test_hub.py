@@ -124,7 +124,7 @@ def test_load_finds_the_format_of_a_folder(tmp_path):
 def test_load_onto_a_mesh(tmp_path):
     sae, params, x = experts(active=2, topk_scope="token", latents=40, experts=4)
     sae_lens.save(sae, params, tmp_path / "out")
-    mesh = make_mesh("data:1,expert:2", 4, 2)
+    mesh = make_mesh("data:1,expert:2", 4, jax.devices()[:2])
     split, on_two = scale_sae_jax.load(tmp_path / "out", mesh=mesh)
     assert len(on_two["w_enc"].sharding.device_set) == 2
     x_hat = jax.jit(split.reconstruct)(on_two, x)

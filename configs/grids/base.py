@@ -14,7 +14,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from scale_sae_jax.config import TextConfig, parse_arg
+from scale_sae_jax.config import OF_A_TEXT, TextConfig, parse_arg
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sweep import Axes, Cell, axis, cell, product
 
@@ -38,8 +38,6 @@ TUNING = {
     "eval.tokens": 1024,
     "checkpoint_every": 0,
 }
-# What fits one text alone: with another file in its place, these go back to their defaults.
-OF_A_TEXT = ("subset", "split", "field", "where", "heldout_path", "max_documents")
 SIZES = ("l0", "experts", "active", "latents", "preset", "match", "seed", "path")
 
 

@@ -5,6 +5,7 @@ moments and counters of experts are split over `expert`; everything else is on e
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,23 +20,23 @@ ON_EXPERTS = PartitionSpec(EXPERT)  # leading axis in the order of experts
 EVERYWHERE = PartitionSpec()
 
 
-def make_mesh(spec: str, experts: int, devices: int | None = None) -> Mesh:
+def make_mesh(spec: str, experts: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh that `config.mesh` describes.
 
     Args:
       spec: 'data:4,expert:2'; one size may be -1, which takes the devices that are left, and an
         axis that is not named has size 1. '' puts experts on as many devices as divide both.
       experts: N.
-      devices: how many there are; those of this program if not given.
+      devices: those there are; those of this program if not given.
 
     Raises UserError: not such a text, or sizes that the devices or experts do not allow.
     """
-    count = devices or jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     sizes = parse_mesh(spec, experts, count)
     if sizes[DATA] * sizes[EXPERT] == count:
-        used = None if devices is None else jax.devices()[:count]
+        used = devices
     elif jax.process_count() == 1:
-        used = jax.devices()[: sizes[DATA] * sizes[EXPERT]]
+        used = (devices or jax.devices())[: sizes[DATA] * sizes[EXPERT]]
     else:
         raise UserError(
             f"config.mesh = '{spec}' takes {sizes[DATA] * sizes[EXPERT]} of the {count} devices: "

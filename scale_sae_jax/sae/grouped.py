@@ -39,8 +39,10 @@ def _forward(x, w, groups, kernel, dtype):
 
 
 def _backward(kernel, dtype, saved, grad):
+    """Of `grouped_dot`, and of `grouped_sum`, where grad has a row a token and x one an expert."""
     x, w, groups = saved
-    d_x = _dot(grad, w, groups, kernel, dtype, transposed=True).sum(1)
+    d_x = _dot(grad, w, groups, kernel, dtype, transposed=True)
+    d_x = d_x.sum(1) if x.ndim == 2 else d_x
     d_w = grouped_outer(x, grad, groups, kernel, dtype)
     return d_x.astype(x.dtype), d_w.astype(w.dtype), None
 
@@ -64,14 +66,7 @@ def _forward_sum(x, w, groups, kernel, dtype):
     return grouped_sum(x, w, groups, kernel, dtype), (x, w, groups)
 
 
-def _backward_sum(kernel, dtype, saved, grad):
-    x, w, groups = saved
-    d_x = _dot(grad, w, groups, kernel, dtype, transposed=True)
-    d_w = grouped_outer(x, grad, groups, kernel, dtype)
-    return d_x.astype(x.dtype), d_w.astype(w.dtype), None
-
-
-grouped_sum.defvjp(_forward_sum, _backward_sum)
+grouped_sum.defvjp(_forward_sum, _backward)
 
 
 def grouped_outer(
