@@ -149,7 +149,7 @@ def test_every_way_of_decoding_matches_reference(gathered, scattered, monkeypatc
 
 
 @pytest.mark.parametrize("tokens", (1, 5, 1000))
-def test_rows_gathered_in_chunks_match_reference(tokens, monkeypatch):
+def test_rows_scattered_in_chunks_match_reference(tokens, monkeypatch):
     """Chunks of one token, chunks of which the last is not full, and all tokens at once."""
     kernel = kernels.KERNELS["loop"]._replace(
         gathered_row=0, scattered_row=0, chunk=tokens * SMALL.k * WIDTH

@@ -4,13 +4,12 @@ There are two ways to each product. Gathering and scattering decoder rows costs 
 K; multiplying the dense code of the selected experts costs work that grows with E * m, but it is
 all matrix products. `Kernel` says how many dense rows are worth a gathered and a scattered one.
 
-Gathered rows go through in chunks of tokens (`Kernel.chunk`): on CPUs small ones, which stay in a
-core's cache with the rows of an expert; elsewhere large ones, for each waits for the one before.
+Gathered rows are not stored (`gathered.py`). What is scattered is, so tokens go through in chunks
+(`Kernel.chunk`): on CPUs small ones, which stay in a core's cache; elsewhere large ones, for each
+waits for the one before.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
 from scale_sae_jax.sae.codes import Codes
+from scale_sae_jax.sae.gathered import chunked
 from scale_sae_jax.sae.grouped import grouped_outer, grouped_sum, spread
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.joined import joined
@@ -33,7 +33,8 @@ def decode(
     if rows.shape[0] > kernel.gathered_row * codes.ids.shape[1]:
         return decode_rows(*codes, rows, kernel, dtype)
     dense = spread(*codes, rows.shape[0])
-    return _einsum("tl,ld->td", dense.astype(dtype), rows.astype(dtype))
+    operands = dense.astype(dtype), rows.astype(dtype)
+    return jnp.einsum("tl,ld->td", *operands, preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -47,12 +48,8 @@ def decode_rows(
     """sum_k values[t, k] * rows[ids[t, k]], with operands rounded to `dtype`, float32 sums."""
 
     def decode(values, ids, rows):
-        rounded = rows.astype(dtype)
-
-        def chunk(v, i):
-            return _einsum("tk,tkd->td", v.astype(dtype), rounded[i])
-
-        return _by_chunks(chunk, _chunk_size(values, rows, kernel), values, ids)
+        zeros = jnp.zeros((values.shape[0], rows.shape[1]), jnp.float32)
+        return kernel.weighted_sum(zeros, values.astype(dtype), ids, rows.astype(dtype))
 
     return joined(decode, lambda values, ids, rows: (0, rows.shape[0], 0))(values, ids, rows)
 
@@ -65,12 +62,7 @@ def _decode_backward(kernel, dtype, saved, grad):
     values, ids, rows = saved
 
     def values_gradient(ids, grad, rows):
-        rounded = rows.astype(dtype)
-
-        def chunk(i, g):
-            return _einsum("td,tkd->tk", g.astype(dtype), rounded[i])
-
-        return _by_chunks(chunk, _chunk_size(values, rows, kernel), ids, grad)
+        return kernel.row_dots(grad.astype(dtype), ids, rows.astype(dtype))
 
     by_rows = joined(values_gradient, lambda ids, grad, rows: (rows.shape[0], 0, 0))
     return by_rows(ids, grad, rows), None, scatter_rows(values, ids, grad, rows, kernel)
@@ -122,15 +114,9 @@ def _error_forward(values, ids, places, w_dec, b_dec, target, groups, kernel, dt
     """
 
     def in_order(values, ids, order, target, rows):
-        rounded = rows.astype(dtype)
-
-        def chunk(v, i, tokens):
-            gathered = rounded[i]  # [C, K, D]
-            residual = target[tokens] - _einsum("tk,tkd->td", v.astype(dtype), gathered)
-            return residual, _einsum("td,tkd->tk", residual.astype(dtype), gathered)
-
-        size = _chunk_size(values, rows, kernel)
-        return _by_chunks(chunk, size, values[order], ids[order], order)
+        minus, ids, rounded = -values[order].astype(dtype), ids[order], rows.astype(dtype)
+        residual = kernel.weighted_sum(target[order], minus, ids, rounded)
+        return residual, kernel.row_dots(residual.astype(dtype), ids, rounded)
 
     tokens, rows = values.shape[0], _flat(w_dec)
     order = groups.rows.reshape(tokens, -1)[:, 0].argsort()
@@ -184,8 +170,8 @@ def scatter_rows(
             v, i, g = chunk  # [C, K], [C, K], [C, D]
             return d_rows.at[i].add(v[..., None] * g[:, None, :]), None
 
-        size = _chunk_size(values, rows, kernel)
-        chunks = tuple(_chunked(array, size) for array in (values, ids, grad))
+        size = max(1, min(values.shape[0], kernel.chunk // (values.shape[1] * rows.shape[1])))
+        chunks = tuple(chunked(array, size) for array in (values, ids, grad))
         d_rows, _ = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), chunks)
         return d_rows.astype(rows.dtype)
 
@@ -195,27 +181,3 @@ def scatter_rows(
 
 def _flat(w_dec: Float[Array, "N M D"]) -> Float[Array, "L D"]:
     return w_dec.reshape(-1, w_dec.shape[-1])
-
-
-def _einsum(spec: str, left: Array, right: Array) -> Array:
-    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
-
-
-def _by_chunks(function: Callable, size: int, *arrays: Array) -> Any:
-    """function(*arrays) over chunks of `size` tokens."""
-    tokens = arrays[0].shape[0]
-    chunks = tuple(_chunked(array, size) for array in arrays)
-    results = jax.lax.map(lambda chunk: function(*chunk), chunks)
-    return jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:])[:tokens], results)
-
-
-def _chunk_size(values: Array, rows: Array, kernel: Kernel) -> int:
-    """Tokens whose gathered rows are as many numbers as go through at once."""
-    tokens, slots = values.shape
-    return max(1, min(tokens, kernel.chunk // (slots * rows.shape[1])))
-
-
-def _chunked(array: Array, size: int) -> Array:
-    """[T, ...] as [chunks, C, ...], padded with zeros (a zero value decodes to nothing)."""
-    padding = [(0, -array.shape[0] % size)] + [(0, 0)] * (array.ndim - 1)
-    return jnp.pad(array, padding).reshape(-1, size, *array.shape[1:])

@@ -1,4 +1,4 @@
-"""Three ways to multiply each expert's run of rows by that expert's matrix, and nothing else.
+"""Three ways to multiply each expert's run of rows by that expert's matrix, one a platform.
 
 A kernel is two products over rows in the order of their experts (`Groups`):
 
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from scale_sae_jax.sae import gathered
 from scale_sae_jax.sae.groups import Groups
 
 
@@ -39,14 +40,17 @@ class Rows(NamedTuple):
 class Kernel(NamedTuple):
     """dot(rows, w, groups, transposed, shards) and outer(left, right, groups, shards).
 
-    shards: devices that the experts of these pairs lie on, so that the run of one is so much
-    shorter than pairs and experts here say. gathered_row, scattered_row: gathering a decoder row to
-    multiply by it, or adding to one, takes as long as multiplying by so many of them. chunk:
-    numbers of gathered rows that go through at once. plain: whether all rows are of one expert.
+    weighted_sum, row_dots: sums over gathered decoder rows, see `gathered`. gathered_row,
+    scattered_row: gathering a decoder row to multiply by it, or adding to one, takes as long as
+    multiplying by so many of them. chunk: numbers that are scattered at once. shards: devices that
+    the experts of these pairs lie on, so that the run of one is so much shorter than pairs and
+    experts here say. plain: whether all rows are of one expert.
     """
 
     dot: Callable[[Rows, Array, Groups, bool, int], Array]
     outer: Callable[[Rows, Rows, Groups, int], Array]
+    weighted_sum: Callable[[Array, Array, Array, Array], Array]
+    row_dots: Callable[[Array, Array, Array], Array]
     gathered_row: int
     scattered_row: int
     chunk: int
@@ -207,10 +211,32 @@ def _ragged_dot(
 # What gathering costs was measured on CPUs; on TPUs it is the compiler's estimate
 # (docs/performance.md), on GPUs a guess.
 KERNELS = {
-    "loop": Kernel(_loop_dot, _loop_outer, gathered_row=12, scattered_row=40, chunk=3 << 15),
-    "tiles": Kernel(_tiles_dot, _tiles_outer, gathered_row=100, scattered_row=100, chunk=1 << 25),
+    "loop": Kernel(
+        _loop_dot,
+        _loop_outer,
+        gathered.weighted_sum_by_slots,
+        gathered.in_chunks(gathered.row_dots_by_lanes, 1 << 24),
+        gathered_row=7,
+        scattered_row=40,
+        chunk=3 << 15,
+    ),
+    "tiles": Kernel(
+        _tiles_dot,
+        _tiles_outer,
+        gathered.weighted_sum_of_whole,
+        gathered.row_dots_of_whole,
+        gathered_row=100,
+        scattered_row=100,
+        chunk=1 << 25,
+    ),
     "ragged": Kernel(
-        _ragged_dot, _loop_outer, gathered_row=1600, scattered_row=1000, chunk=1 << 25
+        _ragged_dot,
+        _loop_outer,
+        gathered.in_chunks(gathered.weighted_sum_of_whole, 1 << 25),
+        gathered.in_chunks(gathered.row_dots_of_whole, 1 << 25),
+        gathered_row=1600,
+        scattered_row=1000,
+        chunk=1 << 25,
     ),
 }
 BEST = {"cpu": "loop", "gpu": "tiles", "tpu": "ragged"}

@@ -1,0 +1,131 @@
+"""Sums over gathered rows of a decoder, rows[ids], K of them a token, which no array should hold.
+
+    weighted_sum   start_t + sum_k values[t, k] * rows[ids[t, k]]     decoding
+    row_dots       x_t . rows[ids[t, k]]                              the gradient of the values
+
+with float32 sums whatever the dtype of the operands. XLA makes a gather part of the loop that uses
+it, so that rows are read where they lie, if the sum is written as the platform's fusion has it:
+
+by_slots, by_lanes   as many gathers as the sum has terms, each used once. For CPUs, which fuse a
+                     gather into one elementwise loop, and into no reduction.
+of_whole             one gather, and sums of it. For GPUs, where all of it becomes one kernel. TPUs
+                     store the rows, so there tokens go through in chunks.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+TERMS = 16  # of a sum that one loop adds; with many more it is slower
+LANES = 16  # columns of a term of a dot product: what a CPU adds at once
+
+
+def weighted_sum_by_slots(
+    start: Float[Array, "T D"],
+    values: Float[Array, "T K"],
+    ids: Int[Array, "T K"],
+    rows: Float[Array, "L D"],
+) -> Float[Array, "T D"]:
+    def terms(values, ids):
+        slots = range(ids.shape[1])
+        return [_wide(values[:, k, None]) * _take(rows, ids[:, k]) for k in slots]
+
+    return _sum(terms, start, values, ids)
+
+
+def weighted_sum_of_whole(
+    start: Float[Array, "T D"],
+    values: Float[Array, "T K"],
+    ids: Int[Array, "T K"],
+    rows: Float[Array, "L D"],
+) -> Float[Array, "T D"]:
+    def terms(values, ids):
+        products = _wide(values[..., None]) * _take(rows, ids)
+        return [products[:, k] for k in range(ids.shape[1])]
+
+    return _sum(terms, start, values, ids)
+
+
+def row_dots_by_lanes(
+    x: Float[Array, "T D"], ids: Int[Array, "T K"], rows: Float[Array, "L D"]
+) -> Float[Array, "T K"]:
+    """In some 3 * TERMS terms of LANES columns (and more, if x has many)."""
+    width = x.shape[1]
+    lanes = min(width, LANES * -(-width // (3 * TERMS * LANES)))
+    whole = width - width % lanes
+
+    def dots(begins, size):
+        columns = [slice(begin, begin + size) for begin in begins]
+        terms = [_wide(x[:, None, c]) * _take(rows[:, c], ids) for c in columns]
+        total = functools.reduce(operator.add, terms)
+        return total @ jnp.ones(size)  # a `sum` would be one reduction with the terms
+
+    result = dots(range(0, whole, lanes), lanes)
+    return result if whole == width else result + dots([whole], width - whole)
+
+
+def row_dots_of_whole(
+    x: Float[Array, "T D"], ids: Int[Array, "T K"], rows: Float[Array, "L D"]
+) -> Float[Array, "T K"]:
+    return (_wide(x[:, None]) * _take(rows, ids)).sum(-1)
+
+
+def in_chunks(function: Callable[..., Float[Array, "T _"]], numbers: int) -> Callable[..., Array]:
+    """function(*arrays, ids, rows), on as many tokens at once as have `numbers` in their rows."""
+
+    def by_chunks(*arguments):
+        *arrays, ids, rows = arguments
+        tokens, slots = ids.shape
+        size = max(1, numbers // (slots * rows.shape[1]))
+        if size >= tokens:
+            return function(*arguments)
+        chunks = [chunked(array, size) for array in (*arrays, ids)]
+        results = jax.lax.map(lambda chunk: function(*chunk, rows), chunks)
+        return results.reshape(-1, results.shape[-1])[:tokens]
+
+    return by_chunks
+
+
+def chunked(array: Array, size: int) -> Array:
+    """[T, ...] as [chunks, size, ...], padded with zeros (a zero value decodes to nothing)."""
+    padding = [(0, -array.shape[0] % size)] + [(0, 0)] * (array.ndim - 1)
+    return jnp.pad(array, padding).reshape(-1, size, *array.shape[1:])
+
+
+def _sum(
+    terms: Callable[[Array, Array], list[Float[Array, "T D"]]],
+    start: Float[Array, "T D"],
+    values: Float[Array, "T K"],
+    ids: Int[Array, "T K"],
+) -> Float[Array, "T D"]:
+    """start + the terms of all slots, TERMS slots at once, in two loops at least.
+
+    The result of a loop is stored. A sum of one alone XLA would put into each of the loops that use
+    it, and store the rows for them.
+    """
+    tokens, slots = ids.shape
+    parts = max(2, -(-slots // TERMS))
+    size = -(-slots // parts)
+
+    def add(total, part):
+        return functools.reduce(operator.add, terms(*part), total), None
+
+    def cut(array, fill):  # [T, K] as [parts, T, size]
+        padded = jnp.pad(array, ((0, 0), (0, parts * size - slots)), fill)
+        return padded.reshape(tokens, parts, size).swapaxes(0, 1)
+
+    # Slots of no value at the end are of a row in use: 0 times the NaN of another were a NaN.
+    return jax.lax.scan(add, start, (cut(values, "constant"), cut(ids, "edge")))[0]
+
+
+def _take(rows: Array, ids: Array) -> Array:
+    return _wide(rows.at[ids].get(mode="clip"))
+
+
+def _wide(operand: Array) -> Array:
+    """In float32, where products of two in bfloat16 are exact."""
+    return operand.astype(jnp.float32)

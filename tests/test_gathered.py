@@ -1,0 +1,99 @@
+"""Sums over gathered rows, each way of writing them, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scale_sae_jax.sae import gathered
+from scale_sae_jax.sae.kernels import KERNELS
+
+SUMS = {
+    "by slots": gathered.weighted_sum_by_slots,
+    "of whole": gathered.weighted_sum_of_whole,
+    "in chunks": gathered.in_chunks(gathered.weighted_sum_of_whole, 300),
+}
+DOTS = {
+    "by lanes": gathered.row_dots_by_lanes,
+    "of whole": gathered.row_dots_of_whole,
+    "in chunks": gathered.in_chunks(gathered.row_dots_by_lanes, 300),
+}
+SHAPES = {"tokens": st.integers(1, 9), "slots": st.integers(1, 70), "width": st.integers(1, 90)}
+
+
+def setting(tokens, slots, width, rows=11):
+    """start and x [T, D], values and ids [T, K], rows [11, D]; ids repeat within a token."""
+    rng = np.random.default_rng(1000 * tokens + 100 * slots + width)
+    start, x = rng.standard_normal((2, tokens, width)).astype(np.float32)
+    values = rng.standard_normal((tokens, slots)).astype(np.float32)
+    ids = rng.integers(0, rows, (tokens, slots))
+    return start, x, values, ids, rng.standard_normal((rows, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("way", SUMS)
+@settings(deadline=None, max_examples=25)
+@given(**SHAPES)
+def test_weighted_sum(way, tokens, slots, width):
+    start, _, values, ids, rows = setting(tokens, slots, width)
+    expected = start + np.einsum("tk,tkd->td", values, rows[ids])
+    ours = jax.jit(SUMS[way])(start, values, ids, rows)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * slots)
+
+
+@pytest.mark.parametrize("way", DOTS)
+@settings(deadline=None, max_examples=25)
+@given(**SHAPES)
+def test_row_dots(way, tokens, slots, width):
+    _, x, _, ids, rows = setting(tokens, slots, width)
+    expected = np.einsum("td,tkd->tk", x, rows[ids])
+    ours = jax.jit(DOTS[way])(x, ids, rows)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * width)
+
+
+@pytest.mark.parametrize("way", SUMS)
+def test_a_row_that_no_token_uses_may_be_nan(way):
+    """Though slots are filled up to a multiple of what one loop adds."""
+    start, _, values, ids, rows = setting(tokens=3, slots=33, width=8)
+    rows[0] = np.nan
+    ours = jax.jit(SUMS[way])(start, values, np.maximum(ids, 1), rows)
+    assert np.isfinite(ours).all()
+
+
+@pytest.mark.parametrize("width", (768, 1600, 2304, 4100))
+def test_widths_of_language_models(width):
+    """Terms of more columns than one loop adds, and columns left over."""
+    _, x, _, ids, rows = setting(4, 8, width)
+    expected = np.einsum("td,tkd->tk", x, rows[ids])
+    ours = jax.jit(gathered.row_dots_by_lanes)(x, ids, rows)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_operands_are_rounded_and_sums_are_not(kernel):
+    """Products of two bfloat16 numbers, 1 + 2^-7 each, are kept in full."""
+    x = jnp.full((2, 64), 1 + 2**-7, jnp.bfloat16)
+    rows = jnp.full((3, 64), 1 + 2**-7, jnp.bfloat16)
+    values, ids = x[:, :40], jnp.zeros((2, 40), jnp.int32)
+    start = jnp.zeros((2, 64), jnp.float32)
+    weighted_sum, row_dots = KERNELS[kernel].weighted_sum, KERNELS[kernel].row_dots
+    np.testing.assert_array_equal(weighted_sum(start, values, ids, rows), 40 * (1 + 2**-7) ** 2)
+    np.testing.assert_array_equal(row_dots(x, ids, rows), 64 * (1 + 2**-7) ** 2)
+
+
+def test_on_cpus_the_rows_of_a_batch_are_never_stored():
+    """Nor where the sum has two users: the residual, and its products with the same rows."""
+    tokens, slots, width = 2048, 32, 768
+    kernel = KERNELS["loop"]
+
+    def residual_and_dots(start, values, ids, rows):
+        residual = kernel.weighted_sum(start, -values, ids, rows)
+        return residual[::-1], kernel.row_dots(residual, ids, rows)
+
+    shapes = [(tokens, width), (tokens, slots), (tokens, slots), (64, width)]
+    types = [jnp.float32, jnp.float32, jnp.int32, jnp.float32]
+    arguments = [jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, types, strict=True)]
+    compiled = jax.jit(residual_and_dots).lower(*arguments).compile()
+    stored_rows = 4 * tokens * slots * width
+    assert compiled.memory_analysis().temp_size_in_bytes < stored_rows / 10
