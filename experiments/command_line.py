@@ -42,6 +42,11 @@ def start(
         except flags.Error as error:
             raise UserError(_in_one_line(error)) from None
         except Exception as error:  # whatever a config file of the user's may raise
+            if isinstance(error, AttributeError) and error.name == "get_config":
+                raise UserError(
+                    f"--config={given(argv, 'config')}: the file defines no get_config(): see "
+                    "configs/quickstart.py"
+                ) from error
             raise UserError(f"{type(error).__name__} in --config: {error}") from error
         if rest[1:]:
             raise UserError(f"argument '{rest[1]}' is not understood: write flags as --name=value")

@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -16,7 +17,12 @@ from scale_sae_jax import workdir as folders
 from scale_sae_jax.activations.array import ActivationArray, open_array
 from scale_sae_jax.activations.harvest import harvest
 from scale_sae_jax.activations.masks import largest_norm
-from scale_sae_jax.activations.store import ActivationStore, is_complete, open_store, verify
+from scale_sae_jax.activations.store import (
+    ActivationStore,
+    is_complete,
+    open_store,
+    verify,
+)
 from scale_sae_jax.activations.stream import ActivationStream
 from scale_sae_jax.activations.synthetic import (
     SyntheticActivations,
@@ -26,7 +32,12 @@ from scale_sae_jax.activations.synthetic import (
 from scale_sae_jax.config import Config, TextConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation import pca
-from scale_sae_jax.evaluation.evaluator import EvalBatch, evaluate, json_value, with_ablations
+from scale_sae_jax.evaluation.evaluator import (
+    EvalBatch,
+    evaluate,
+    json_value,
+    with_ablations,
+)
 from scale_sae_jax.evaluation.ground_truth import measure_ground_truth
 from scale_sae_jax.evaluation.heldout import array_batches, text_batches
 from scale_sae_jax.lm import LanguageModel, inspect_language_model, load_language_model
@@ -151,7 +162,7 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
     harvest(lm, config.text, resolved(config).activations, config.lm, path, progress)
     store = open_store(path)
     if unread:
-        processes.lead_alone(lambda: verify(store))
+        processes.lead_alone(lambda: verify(store, partial(console.progress, "checksums")))
     if store.manifest.note:
         console.note(store.manifest.note)
     return Sources(store, None, lm)

@@ -137,6 +137,10 @@ def read_grid(name: str) -> list[Cell]:
     except UserError:
         raise
     except Exception as error:  # whatever a grid file of the user's may raise
+        if isinstance(error, AttributeError) and error.name == "get_grid":
+            raise UserError(
+                f"--grid={name}: the file defines no get_grid(): see configs/grids/active.py"
+            ) from error
         raise UserError(f"{type(error).__name__} in --grid={name}: {error}") from error
     if not cells:
         raise UserError(f"--grid={name}: the grid has no cells; look at its arguments")

@@ -242,6 +242,7 @@ def mistakes(data, tmp_path):
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "grid.py").write_text("def get_grid(arg=''):\n    return []\n")
     (tmp_path / "broken.py").write_text("def get_config(arg=''):\n    return 1 / 0\n")
+    (tmp_path / "empty.py").write_text("")
     new = tmp_path / "run"
     text = text_flags(data, new)
 
@@ -260,6 +261,8 @@ def mistakes(data, tmp_path):
         (["train", *text, "--config.lm.path=someone/model"], "--config.lm.path=FOLDER"),
         (["train", *text, "--config.text.context=65"], "config.text.context = 65"),
         (["train", *text, "--config.foo=1"], "--config.foo"),
+        (["plan", f"--config={tmp_path}/empty.py"], "defines no get_config()"),
+        (["sweep", f"--grid={tmp_path}/empty.py", f"--workdir={new}"], "defines no get_grid()"),
         (["train", *text, "--config.sae.k.x=1"], "--config.sae.k.x"),
         (["train", *text, "--config.steps=abc"], "--config.steps=abc"),
         (["train", *text, "--config.lm.dtype=float64"], "config.lm.dtype = 'float64'"),

@@ -367,6 +367,12 @@ def test_batch_winners_are_the_largest_of_the_batch(kind):
     np.testing.assert_array_equal(kept, expected > 0)
 
 
+def test_a_batch_with_more_places_than_an_int32_counts_is_refused():
+    acts = jax.ShapeDtypeStruct((2**15, 2**16), jnp.float32)
+    with pytest.raises(UserError, match="32768 x 65536 latents"):
+        jax.eval_shape(lambda acts: selection.batch_winners(acts, 3), acts)
+
+
 # Orthogonality
 
 

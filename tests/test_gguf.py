@@ -270,6 +270,8 @@ def test_incomplete_models_are_refused(tmp_path):
     # Sizes that no machine has room for, were they taken at their word.
     refused("should become", **{"llama.feed_forward_length": 2**30})
     refused(r"no tensor 'blk\.2\.", **{"llama.block_count": 2**30})
+    refused(f"heads of {2**30 // HEADS} numbers", **{"llama.embedding_length": 2**30})
+    refused("heads of 7 numbers", **{"llama.attention.key_length": 7})
     refused("tokenizer 'llama', 'smollm'", **{"tokenizer.ggml.model": "llama"})
     refused("not one type a token", **{"tokenizer.ggml.token_type": [1]})
 

@@ -165,7 +165,10 @@ def test_hashes_of_no_document_and_of_too_many(tmp_path):
 def test_verify_finds_a_flipped_bit(tmp_path):
     make_store(tmp_path)
     path = tmp_path / "shard-00001.npy"
-    store.verify(store.open_store(tmp_path))
+    steps = []
+    store.verify(store.open_store(tmp_path), lambda *step: steps.append(step))
+    rows = [shard.rows for shard in store.open_store(tmp_path).manifest.shards]
+    assert steps == [(done, sum(rows)) for done in np.cumsum(rows)]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -170,10 +170,19 @@ def is_complete(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).exists() and read_manifest(Path(path)).complete
 
 
-def verify(store: ActivationStore) -> None:
-    """Reads every shard and compares its checksum. Raises UserError on the first difference."""
+def verify(
+    store: ActivationStore, progress: Callable[[int, int], object] = lambda done, total: None
+) -> None:
+    """Reads every shard and compares its checksum. Raises UserError on the first difference.
+
+    Args:
+      progress: called after each shard with the activations read, and with how many there are.
+    """
+    done, total = 0, sum(shard.rows for shard in store.manifest.shards)
     for shard in store.manifest.shards:
         check_sum(store.path, shard)
+        done += shard.rows
+        progress(done, total)
 
 
 def check_sum(folder: Path, shard: Shard) -> None:

@@ -22,6 +22,7 @@ from scale_sae_jax.lm.gguf import GGUF, field
 from scale_sae_jax.lm.weights import Stored, transpose
 
 HF_PREFIX = "model."
+MAX_HEAD_WIDTH = 1 << 14
 IGNORED = (".rotary_emb.inv_freq",)  # derived, in old checkpoints
 
 
@@ -112,7 +113,12 @@ def config_from_hf(hf: Any) -> Config:
 
 
 def _frequencies(head_width: int, theta: float) -> np.ndarray:
-    """theta^(-2i/C) for i < C/2, float64."""
+    """theta^(-2i/C) for i < C/2, float64. Raises UserError if C is odd or absurd."""
+    if head_width % 2 or not 0 < head_width <= MAX_HEAD_WIDTH:
+        raise UserError(
+            f"heads of {head_width} numbers: rotary positions need an even number up to "
+            f"{MAX_HEAD_WIDTH}; the model's file is damaged, or of another kind"
+        )
     return theta ** -(np.arange(0, head_width, 2) / head_width)
 
 

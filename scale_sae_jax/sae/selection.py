@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float, Int
 
+from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.joined import joined
 from scale_sae_jax.sae.shards import Shards
@@ -83,6 +84,7 @@ def batch_winners(
     which may have still more, the whole batch is searched. Under `jax.vmap` batches are taken one
     after the other, for together all would be searched whole.
     """
+    _check_places(acts)
     tokens, width = acts.shape
     slots, most = min(4 * k, width), (k if l0 is None else l0) * tokens
 
@@ -115,6 +117,7 @@ def batch_winners_of_all(
     The smallest of them is found bit by bit, from counts alone. A tie goes to the device that comes
     first in the mesh, then to the lower token and place.
     """
+    _check_places(acts)
     bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(acts), jnp.int32)
 
     def narrow(i, least):
@@ -127,6 +130,16 @@ def batch_winners_of_all(
     places = most - shards.total(above.sum()) - shards.before(ties.sum())
     first = jnp.cumsum(ties.reshape(-1)).reshape(ties.shape) <= places
     return (above | ties & first) & (acts > 0)
+
+
+def _check_places(acts: Float[Array, "T W"]) -> None:
+    """Raises UserError for a batch with more places on one device than an int32 counts."""
+    if acts.size >= 2**31:
+        tokens, width = acts.shape
+        raise UserError(
+            f"a top-k over the batch chooses among {tokens} x {width} latents on one device, more "
+            "than 2^31 - 1: lower config.batch_size, or use more devices"
+        )
 
 
 def follow_threshold(
