@@ -80,9 +80,10 @@ def in_chunks(function: Callable[..., Float[Array, "T _"]], numbers: int) -> Cal
     def by_chunks(*arguments):
         *arrays, ids, rows = arguments
         tokens, slots = ids.shape
-        size = max(1, numbers // (slots * rows.shape[1]))
-        if size >= tokens:
+        count = -(-tokens // max(1, numbers // (slots * rows.shape[1])))
+        if count == 1:
             return function(*arguments)
+        size = -(-tokens // count)
         chunks = [chunked(array, size) for array in (*arrays, ids)]
         results = jax.lax.map(lambda chunk: function(*chunk, rows), chunks)
         return results.reshape(-1, results.shape[-1])[:tokens]

@@ -215,7 +215,7 @@ KERNELS = {
         _loop_dot,
         _loop_outer,
         gathered.weighted_sum_by_slots,
-        gathered.in_chunks(gathered.row_dots_by_lanes, 1 << 24),
+        gathered.in_chunks(gathered.row_dots_by_lanes, 3 << 22),
         gathered_row=7,
         scattered_row=40,
         chunk=3 << 15,
