@@ -17,12 +17,7 @@ from scale_sae_jax import workdir as folders
 from scale_sae_jax.activations.array import ActivationArray, open_array
 from scale_sae_jax.activations.harvest import harvest
 from scale_sae_jax.activations.masks import largest_norm
-from scale_sae_jax.activations.store import (
-    ActivationStore,
-    is_complete,
-    open_store,
-    verify,
-)
+from scale_sae_jax.activations.store import ActivationStore, is_complete, open_store, verify
 from scale_sae_jax.activations.stream import ActivationStream
 from scale_sae_jax.activations.synthetic import (
     SyntheticActivations,
@@ -32,12 +27,7 @@ from scale_sae_jax.activations.synthetic import (
 from scale_sae_jax.config import Config, TextConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation import pca
-from scale_sae_jax.evaluation.evaluator import (
-    EvalBatch,
-    evaluate,
-    json_value,
-    with_ablations,
-)
+from scale_sae_jax.evaluation.evaluator import EvalBatch, evaluate, json_value, with_ablations
 from scale_sae_jax.evaluation.ground_truth import measure_ground_truth
 from scale_sae_jax.evaluation.heldout import array_batches, text_batches
 from scale_sae_jax.lm import LanguageModel, inspect_language_model, load_language_model

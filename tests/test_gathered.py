@@ -20,7 +20,7 @@ DOTS = {
     "of whole": gathered.row_dots_of_whole,
     "in chunks": gathered.in_chunks(gathered.row_dots_by_lanes, 300),
 }
-SHAPES = {"tokens": st.integers(1, 9), "slots": st.integers(1, 70), "width": st.integers(1, 90)}
+SHAPES = {"tokens": st.integers(0, 9), "slots": st.integers(1, 70), "width": st.integers(1, 90)}
 
 
 def setting(tokens, slots, width, rows=11):

@@ -81,7 +81,7 @@ def in_chunks(function: Callable[..., Float[Array, "T _"]], numbers: int) -> Cal
         *arrays, ids, rows = arguments
         tokens, slots = ids.shape
         count = -(-tokens // max(1, numbers // (slots * rows.shape[1])))
-        if count == 1:
+        if count <= 1:
             return function(*arguments)
         size = -(-tokens // count)
         chunks = [chunked(array, size) for array in (*arrays, ids)]
