@@ -108,9 +108,9 @@ def _error_by_rows(values, ids, places, w_dec, b_dec, target, groups, kernel, dt
 
 
 def _error_forward(values, ids, places, w_dec, b_dec, target, groups, kernel, dtype):
-    """Takes the gradient of the values along, so that rows are gathered once only.
+    """Goes through the tokens in the order of their first experts: neighbours gather the same rows.
 
-    Goes through the tokens in the order of their first experts: neighbours gather the same rows.
+    Takes the gradient of the values along, while the tokens are in that order.
     """
 
     def in_order(values, ids, order, target, rows):
