@@ -33,7 +33,7 @@ def setting(tokens, slots, width, rows=11):
 
 
 @pytest.mark.parametrize("way", SUMS)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(**SHAPES)
 def test_weighted_sum(way, tokens, slots, width):
     start, _, values, ids, rows = setting(tokens, slots, width)
@@ -43,7 +43,7 @@ def test_weighted_sum(way, tokens, slots, width):
 
 
 @pytest.mark.parametrize("way", DOTS)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(**SHAPES)
 def test_row_dots(way, tokens, slots, width):
     _, x, _, ids, rows = setting(tokens, slots, width)
