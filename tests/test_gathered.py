@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scale_sae_jax.sae import gathered
+from scale_sae_jax.sae import gathered, kernels
 from scale_sae_jax.sae.kernels import KERNELS
 
 SUMS = {
-    "by slots": gathered.weighted_sum_by_slots,
-    "of whole": gathered.weighted_sum_of_whole,
-    "in chunks": gathered.in_chunks(gathered.weighted_sum_of_whole, 300),
+    "by slots": kernels.SUM_BY_SLOTS,
+    "of whole": kernels.SUM_OF_WHOLE,
+    "in chunks": gathered.in_chunks(kernels.SUM_OF_WHOLE, 300),
 }
 DOTS = {
     "by lanes": gathered.row_dots_by_lanes,

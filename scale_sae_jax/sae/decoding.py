@@ -167,11 +167,10 @@ def scatter_rows(
 
     def scatter(values, ids, grad, rows):
         def step(d_rows, chunk):
-            v, i, g = chunk  # [C, K], [C, K], [C, D]
+            g, v, i = chunk  # [C, D], [C, K], [C, K]
             return d_rows.at[i].add(v[..., None] * g[:, None, :]), None
 
-        size = max(1, min(values.shape[0], kernel.chunk // (values.shape[1] * rows.shape[1])))
-        chunks = tuple(chunked(array, size) for array in (values, ids, grad))
+        chunks = chunked(kernel.chunk, rows, grad, values, ids)
         d_rows, _ = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), chunks)
         return d_rows.astype(rows.dtype)
 

@@ -20,42 +20,54 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-TERMS = 16  # of a sum that one loop adds; with many more it is slower
-LANES = 16  # columns of a term of a dot product: what a CPU adds at once
+SLOTS = 16  # that one loop of a weighted sum adds; with many more it is slower
+TERMS = 48  # that one loop of a dot product adds, likewise
+LANES = 16  # columns of such a term: what a CPU adds at once
 
 
-def weighted_sum_by_slots(
+def weighted_sum(
+    products: Callable[[Array, Array, Array], list[Float[Array, "T D"]]],
     start: Float[Array, "T D"],
     values: Float[Array, "T K"],
     ids: Int[Array, "T K"],
     rows: Float[Array, "L D"],
 ) -> Float[Array, "T D"]:
-    def terms(values, ids):
-        slots = range(ids.shape[1])
-        return [_wide(values[:, k, None]) * _take(rows, ids[:, k]) for k in slots]
+    """start + the sum of products(values, ids, rows), SLOTS slots at once, in two loops at least.
 
-    return _sum(terms, start, values, ids)
+    The result of a loop is stored. A sum of one alone XLA would put into each of the loops that use
+    it, and store the rows for them.
+    """
+    tokens, slots = ids.shape
+    parts = max(2, -(-slots // SLOTS))
+    size = -(-slots // parts)
+
+    def add(total, part):
+        return functools.reduce(operator.add, products(*part, rows), total), None
+
+    def cut(array, fill):  # [T, K] as [parts, T, size]
+        padded = jnp.pad(array, ((0, 0), (0, parts * size - slots)), fill)
+        return padded.reshape(tokens, parts, size).swapaxes(0, 1)
+
+    # Slots of no value at the end are of a row in use: 0 times the NaN of another were a NaN.
+    return jax.lax.scan(add, start, (cut(values, "constant"), cut(ids, "edge")))[0]
 
 
-def weighted_sum_of_whole(
-    start: Float[Array, "T D"],
-    values: Float[Array, "T K"],
-    ids: Int[Array, "T K"],
-    rows: Float[Array, "L D"],
-) -> Float[Array, "T D"]:
-    def terms(values, ids):
-        products = _wide(values[..., None]) * _take(rows, ids)
-        return [products[:, k] for k in range(ids.shape[1])]
+def products_by_slots(values: Array, ids: Array, rows: Array) -> list[Float[Array, "T D"]]:
+    """values[:, k] * rows[ids[:, k]] of every slot k."""
+    return [_wide(values[:, k, None]) * _take(rows, ids[:, k]) for k in range(ids.shape[1])]
 
-    return _sum(terms, start, values, ids)
+
+def products_of_whole(values: Array, ids: Array, rows: Array) -> list[Float[Array, "T D"]]:
+    products = _wide(values[..., None]) * _take(rows, ids)
+    return [products[:, k] for k in range(ids.shape[1])]
 
 
 def row_dots_by_lanes(
     x: Float[Array, "T D"], ids: Int[Array, "T K"], rows: Float[Array, "L D"]
 ) -> Float[Array, "T K"]:
-    """In some 3 * TERMS terms of LANES columns (and more, if x has many)."""
+    """In TERMS terms of LANES columns at most, or of a multiple of that."""
     width = x.shape[1]
-    lanes = min(width, LANES * -(-width // (3 * TERMS * LANES)))
+    lanes = min(width, LANES * -(-width // (TERMS * LANES)))
     whole = width - width % lanes
 
     def dots(begins, size):
@@ -75,52 +87,32 @@ def row_dots_of_whole(
 
 
 def in_chunks(function: Callable[..., Float[Array, "T _"]], numbers: int) -> Callable[..., Array]:
-    """function(*arrays, ids, rows), on as many tokens at once as have `numbers` in their rows."""
+    """function(*arrays, ids, rows), on the tokens of one chunk after the other; see `chunked`."""
 
     def by_chunks(*arguments):
         *arrays, ids, rows = arguments
-        tokens, slots = ids.shape
-        count = -(-tokens // max(1, numbers // (slots * rows.shape[1])))
-        if count <= 1:
-            return function(*arguments)
-        size = -(-tokens // count)
-        chunks = [chunked(array, size) for array in (*arrays, ids)]
+        chunks = chunked(numbers, rows, *arrays, ids)
         results = jax.lax.map(lambda chunk: function(*chunk, rows), chunks)
-        return results.reshape(-1, results.shape[-1])[:tokens]
+        return results.reshape(-1, results.shape[-1])[: ids.shape[0]]
 
     return by_chunks
 
 
-def chunked(array: Array, size: int) -> Array:
-    """[T, ...] as [chunks, size, ...], padded with zeros (a zero value decodes to nothing)."""
-    padding = [(0, -array.shape[0] % size)] + [(0, 0)] * (array.ndim - 1)
-    return jnp.pad(array, padding).reshape(-1, size, *array.shape[1:])
+def chunked(numbers: int, rows: Float[Array, "L D"], *arrays: Array) -> list[Array]:
+    """Arrays [T, ...] as [chunks, C, ...], C tokens having at most `numbers` in their K rows.
 
-
-def _sum(
-    terms: Callable[[Array, Array], list[Float[Array, "T D"]]],
-    start: Float[Array, "T D"],
-    values: Float[Array, "T K"],
-    ids: Int[Array, "T K"],
-) -> Float[Array, "T D"]:
-    """start + the terms of all slots, TERMS slots at once, in two loops at least.
-
-    The result of a loop is stored. A sum of one alone XLA would put into each of the loops that use
-    it, and store the rows for them.
+    The last of the arrays is [T, K]. All are filled up with zeros; a zero value decodes to nothing.
     """
-    tokens, slots = ids.shape
-    parts = max(2, -(-slots // TERMS))
-    size = -(-slots // parts)
+    tokens, slots = arrays[-1].shape
+    most = max(1, numbers // (slots * rows.shape[1]))
+    count = max(1, -(-tokens // most))
+    size = -(-tokens // count)
 
-    def add(total, part):
-        return functools.reduce(operator.add, terms(*part), total), None
+    def cut(array):
+        padded = jnp.pad(array, [(0, count * size - tokens)] + [(0, 0)] * (array.ndim - 1))
+        return padded.reshape(count, size, *array.shape[1:])
 
-    def cut(array, fill):  # [T, K] as [parts, T, size]
-        padded = jnp.pad(array, ((0, 0), (0, parts * size - slots)), fill)
-        return padded.reshape(tokens, parts, size).swapaxes(0, 1)
-
-    # Slots of no value at the end are of a row in use: 0 times the NaN of another were a NaN.
-    return jax.lax.scan(add, start, (cut(values, "constant"), cut(ids, "edge")))[0]
+    return [cut(array) for array in arrays]
 
 
 def _take(rows: Array, ids: Array) -> Array:

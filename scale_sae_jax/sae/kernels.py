@@ -16,6 +16,7 @@ ragged  `jax.lax.ragged_dot`, and `outer` as in loop. For TPUs. On CPUs, and on 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -208,13 +209,15 @@ def _ragged_dot(
     )
 
 
+SUM_BY_SLOTS = partial(gathered.weighted_sum, gathered.products_by_slots)
+SUM_OF_WHOLE = partial(gathered.weighted_sum, gathered.products_of_whole)
 # What gathering costs was measured on CPUs; on TPUs it is the compiler's estimate
 # (docs/performance.md), on GPUs a guess.
 KERNELS = {
     "loop": Kernel(
         _loop_dot,
         _loop_outer,
-        gathered.weighted_sum_by_slots,
+        SUM_BY_SLOTS,
         gathered.in_chunks(gathered.row_dots_by_lanes, 3 << 22),
         gathered_row=7,
         scattered_row=40,
@@ -223,7 +226,7 @@ KERNELS = {
     "tiles": Kernel(
         _tiles_dot,
         _tiles_outer,
-        gathered.weighted_sum_of_whole,
+        SUM_OF_WHOLE,
         gathered.row_dots_of_whole,
         gathered_row=100,
         scattered_row=100,
@@ -232,7 +235,7 @@ KERNELS = {
     "ragged": Kernel(
         _ragged_dot,
         _loop_outer,
-        gathered.in_chunks(gathered.weighted_sum_of_whole, 1 << 25),
+        gathered.in_chunks(SUM_OF_WHOLE, 1 << 25),
         gathered.in_chunks(gathered.row_dots_of_whole, 1 << 25),
         gathered_row=1600,
         scattered_row=1000,
