@@ -100,7 +100,11 @@ def _join_and_run(main: Callable[[], None]) -> None:
         return
     try:
         main()
-    except (UserError, SystemExit):
+    except UserError as error:
+        if not watch.fail(str(error)):
+            sys.exit(2)
+        raise
+    except SystemExit:
         watch.leave()
         raise
     except Exception as error:

@@ -14,6 +14,7 @@ cut short, the same job again resumes (docs/scaling.md).
 import contextlib
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -107,15 +108,19 @@ def tpu(words: Command) -> list[Command]:
 
 
 def run_together(commands: list[Command], cpu_devices: int) -> int:
-    """Runs all at once; the first exit status that is not 0, or 0."""
+    """Runs all at once; the first exit status that is not 0, or 0. Hands SIGTERM on to all."""
     env = dict(os.environ)
     if cpu_devices:
         env |= {"JAX_NUM_CPU_DEVICES": str(cpu_devices), "JAX_PLATFORMS": "cpu"}
-    running = [subprocess.Popen(command, env=env) for command in commands]
+    running = []
+    before = signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in running])
+    for command in commands:
+        running.append(subprocess.Popen(command, env=env))
     while any(process.poll() is None for process in running):
         with contextlib.suppress(KeyboardInterrupt):  # each of them got it too, and saves
             for process in running:
                 process.wait()
+    signal.signal(signal.SIGTERM, before)
     return next(filter(None, (process.returncode for process in running)), 0)
 
 

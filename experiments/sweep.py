@@ -7,10 +7,10 @@ folder of a run, DIR/CELL. Finished cells are skipped, a cell that fails is told
 traceback in DIR/CELL/error.txt), and the same command again goes on. To evaluate a finished cell
 anew, delete its cell.json. DIR/results.csv and .parquet hold a row for each finished cell of the
 grid, with the command that runs it alone. Several processes can run it as one program, as
-experiments.train. Cells of one shape (seeds, say) share compiled programs, and with --together=4
-up to four that differ in seed, learning rate and L0 alone train in one step, on one device or
-spread over several (on a stream: in the latter two); of the time of such a company, each cell is
-billed its share.
+experiments.train; a cell that fails then ends it. Cells of one shape (seeds, say) share compiled
+programs, and with --together=4 up to four that differ in seed, learning rate and L0 alone train in
+one step, on one device or spread over several (on a stream: in the latter two); of the time of such
+a company, each cell is billed its share.
 
 Exit status: 0 done or stopped, 1 if a cell failed, 2 for a user's mistake.
 """
@@ -104,9 +104,15 @@ def run_cells(
             except Exception as error:  # one cell's: the others may do better
                 if processes.lost(error):
                     raise
-                failed.append(cell.name)
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                say(f"{cell.name:<{width}}  failed: {kind}{shorten(str(error), 400)}")
+                reason = kind + shorten(str(error), 400)
+                if processes.several():  # they may wait in this cell, for what does not come
+                    raise UserError(
+                        f"cell {cell.name} failed: {reason}; with several processes a failed cell "
+                        "ends the sweep: mend it, or choose others with --filter, and start again"
+                    ) from error
+                failed.append(cell.name)
+                say(f"{cell.name:<{width}}  failed: {reason}")
             finally:
                 bars.close()
             processes.lead_alone(lambda: sweep.write_results(grid, workdir, command))

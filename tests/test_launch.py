@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
@@ -134,23 +136,29 @@ def test_plan_and_state_against_the_compiled_step(flags):
         assert abs(line["planned_received_gb"] / line["received_gb"] - 1) < 0.15, line
 
 
-def two(ends):
-    lead = Watch(0, lambda code: ends.append((0, code)))
-    other = Watch(1, lambda code: ends.append((1, code)))
-    other.connect("127.0.0.1", lead.expect(1))
+def connected(ends, count=2):
+    """The watches of processes that write (number, status) into `ends` instead of ending."""
+    watches = [Watch(i, lambda code, i=i: ends.append((i, code))) for i in range(count)]
+    number = watches[0].expect(count - 1)
+    for other in watches[1:]:
+        other.connect("127.0.0.1", number)
     until = time.monotonic() + 20
-    while not lead._connections and time.monotonic() < until:
+    while len(watches[0]._connections) < count - 1 and time.monotonic() < until:
         time.sleep(0.01)
-    return lead, other
+    return watches
+
+
+def wait_for(ends, count):
+    until = time.monotonic() + 20
+    while len(set(ends)) < count and time.monotonic() < until:
+        Event().wait(0.01)
 
 
 def test_a_connection_that_closes_without_farewell_ends_the_other_process(capfd):
     ends = []
-    lead, other = two(ends)
+    lead, other = connected(ends)
     other._connections[0].shutdown(2)  # what the system does for a process that dies
-    until = time.monotonic() + 20
-    while len(ends) < 2 and time.monotonic() < until:
-        Event().wait(0.01)
+    wait_for(ends, 2)
     assert sorted(ends) == [(0, 3), (1, 3)]
     assert "process 0 stops, for another process was lost" in capfd.readouterr().err
     lead.leave()
@@ -184,8 +192,55 @@ def test_strangers_are_dropped_and_end_nobody(monkeypatch):
 
 def test_a_farewell_ends_nobody():
     ends = []
-    lead, other = two(ends)
+    lead, other = connected(ends)
     other.leave()
     lead.leave()
     Event().wait(0.3)
     assert ends == []
+
+
+def test_a_mistake_that_all_find_ends_nobody_and_the_lead_tells_it():
+    ends = []
+    watches = connected(ends, 3)
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(lambda w: w.fail("no such\nfile"), watches)) == [True, False, False]
+    assert ends == []
+    for watcher in watches:
+        watcher.leave()
+
+
+@pytest.mark.parametrize("alone", [0, 2])
+def test_a_process_that_fails_alone_ends_the_others_and_the_lead_tells_why(
+    alone, monkeypatch, capfd
+):
+    monkeypatch.setattr(watch, "ALONE_SECONDS", 0.2)
+    ends = []
+    watches = connected(ends, 3)
+    watches[alone].fail("no activation is left")
+    wait_for(ends, 3)
+    assert set(ends) == {(0, 2), (1, 2), (2, 2)}
+    assert "error: no activation is left\n" in capfd.readouterr().err
+    for watcher in watches:
+        watcher.leave()
+
+
+def test_sigterm_to_the_launcher_goes_to_all():
+    code = """
+import sys
+from experiments.launch import run_together
+wait = "import time; print('begun', end=';', flush=True); time.sleep(60)"
+sys.exit(-run_together([[sys.executable, "-c", wait]] * 2, 0))
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout.read(12) == "begun;begun;"
+        launcher.terminate()
+        assert launcher.wait(timeout=30) == signal.SIGTERM  # of the first of them
+
+
+def test_libtpu_on_another_machine_makes_no_cluster(tmp_path):
+    (tmp_path / "libtpu.py").write_text("")
+    code = "from scale_sae_jax.parallel.processes import join; assert join() is None"
+    env = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

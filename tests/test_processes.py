@@ -53,9 +53,14 @@ def launch(array, workdir, count, devices, steps=STEPS):
 
 def start(config, settings, workdir, count, devices):
     """The processes of one run."""
-    port = free_port()
     command = [sys.executable, "-m", "experiments.train", f"--config={config}",
                f"--workdir={workdir}", *(f"--config.{setting}" for setting in settings)]
+    return begin(command, count, devices)
+
+
+def begin(command, count, devices):
+    """The processes of one command."""
+    port = free_port()
     together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"] * (count > 1)
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     return [
@@ -183,13 +188,60 @@ def test_each_process_harvests_its_own_documents(tmp_path):
     assert hashes[0] <= set(texts[::2]) and hashes[1] <= set(texts[1::2])
 
 
-def test_a_users_mistake_is_told_by_every_process(array, tmp_path):
+def test_a_users_mistake_ends_every_process_and_is_told_by_the_lead(array, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "config.json").write_text("{")
     ends = finish(launch(array, tmp_path, 2, 1))
-    for code, _, err in ends:
-        assert code == 2 and "config.json is not valid JSON" in err, err
-        assert "Traceback" not in err
+    assert [code for code, *_ in ends] == [2, 2]
+    assert ["config.json is not valid JSON" in err for *_, err in ends] == [True, False], ends
+    assert all("Traceback" not in err for *_, err in ends)
+
+
+ALONE = """
+from experiments import command_line
+from scale_sae_jax.errors import UserError
+from scale_sae_jax.parallel import processes
+
+def main():
+    if not processes.leads():
+        raise UserError("no activation is left")
+    processes.any_of(False)  # waits for the other
+
+command_line.start(main, lambda argv: None, processes_join=True)
+"""
+
+
+def test_a_process_that_fails_alone_ends_the_other_with_the_reason():
+    ends = finish(begin([sys.executable, "-c", ALONE], 2, 1))
+    assert [code for code, *_ in ends] == [2, 2], ends
+    assert ["error: no activation is left" in err for *_, err in ends] == [True, False], ends
+
+
+GRID = """
+from configs import array
+from scale_sae_jax.sweep import axis, cell, product
+
+def get_grid(arg):
+    small = {"steps": 4, "batch_size": 64, "log_every": 2, "eval.tokens": 128, "eval.bootstrap": 5}
+    return [
+        cell(axes, array.get_config(f"path={axes['path']},l0=4,experts=4,latents=64"), small)
+        for axes in product(axis("path", arg.split("+")))
+    ]
+"""
+
+
+def test_a_failed_cell_ends_a_sweep_of_several_processes(array, tmp_path):
+    """They may fail apart, and then wait for one another in different cells."""
+    grid = tmp_path / "grid.py"
+    grid.write_text(GRID)
+    absent = tmp_path / "absent.npy"
+    command = [sys.executable, "-m", "experiments.sweep", f"--workdir={tmp_path / 'sweep'}",
+               f"--grid={grid}:{array}+{absent}"]
+    ends = finish(begin(command, 2, 1))
+    assert [code for code, *_ in ends] == [2, 2], ends
+    for told in ("absent.npy: file not found", "with several processes a failed cell ends"):
+        assert [told in err for *_, err in ends] == [True, False], ends
+    assert len((tmp_path / "sweep" / "results.csv").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,14 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
+        if not any(given) and "coordinator_address" in str(error):
+            return None  # JAX finds nothing that tells of others: libtpu lies on other machines too
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"the processes do not find each other: {reason}; check --coordinator and that all "
             f"{num_processes or ''} of them run"
         ) from None
-    if jax.process_count() == 1:
+    if not several():
         return None
     watch = Watch(jax.process_index())
     port = watch.expect(jax.process_count() - 1) if leads() else 0
@@ -73,14 +75,19 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
 
 
 def _in_a_cluster() -> bool:
-    """Whether this is a task of a SLURM step with several, or a TPU machine."""
+    """Whether this is a task of a SLURM step with several, or may be a TPU machine."""
     tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in os.environ else "1"
     return tasks != "1" or importlib.util.find_spec("libtpu") is not None
 
 
+def several() -> bool:
+    """Whether others run this program with this process."""
+    return jax.process_count() > 1
+
+
 def lost(error: Exception) -> bool:
     """Whether an error may mean that another process is gone, so that no more can be done."""
-    return jax.process_count() > 1 and isinstance(error, JaxRuntimeError)
+    return several() and isinstance(error, JaxRuntimeError)
 
 
 def leads() -> bool:
@@ -90,14 +97,14 @@ def leads() -> bool:
 
 def any_of(flag: bool) -> bool:
     """Whether `flag` is set in any process."""
-    if jax.process_count() == 1:
+    if not several():
         return flag
     return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def total(counts: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
     """The sum over all processes, of numbers below 2^62."""
-    if jax.process_count() == 1:
+    if not several():
         return counts
     halves = np.stack([counts >> 31, counts & (2**31 - 1)]).astype(np.int32)  # JAX has no int64
     high, low = multihost_utils.process_allgather(halves).astype(np.int64).sum(0)
@@ -109,7 +116,7 @@ def lead_alone(act: Callable[[], Any]) -> Any:
 
     A UserError is raised in all of them.
     """
-    if jax.process_count() == 1:
+    if not several():
         return act()
     result, message = None, ""
     if leads():
@@ -134,6 +141,6 @@ def _said_by_lead(text: str) -> str:
 
 def everywhere(tree: Any) -> Any:
     """Arrays that are split over the processes, whole and on the host of each."""
-    if jax.process_count() == 1:
+    if not several():
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,9 +1,13 @@
-"""Notices at once that another process of the program is gone, and ends this one.
+"""Notices at once that another process of the program is gone or failed, and ends this one.
 
-Each process holds a connection to the leading one, over which nothing is said but a farewell. The
-system closes the connections of a process that dies; whoever sees one close without farewell ends
-itself, the leading process too, so that all the others follow. A process that hangs without
-dying is noticed by the heartbeat of `jax.distributed` instead.
+Each process holds a connection to the leading one, over which it says one line: a farewell, or what
+went wrong. The system closes the connections of a process that dies; whoever sees one close without
+a word ends itself, the leading process too, so that all the others follow. A process that hangs
+without dying is noticed by the heartbeat of `jax.distributed` instead.
+
+A mistake of the user's is mostly found by all processes. One that fails alone (its documents are
+empty, its disk is full) leaves the others waiting in an exchange: they end if they have not
+failed too within a few seconds, and the leading process tells why.
 
 A connection begins with a random token, which only these processes know; any other is dropped.
 """
@@ -14,11 +18,14 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Callable
 from threading import Event, Thread
 
-FAREWELL = b"."
-EXIT_STATUS = 3
+FAREWELL, FAILURE, VERDICT = b".", b"!", b"="  # first byte of a line; a verdict ends who hears it
+FAILED, LOST = 2, 3  # exit statuses
+ALONE_SECONDS = 3  # after which a failure is that of one process
+LINE_BYTES = 4096
 TOKEN_BYTES, TOKEN_SECONDS = 16, 5
 PORT_BITS = 16
 
@@ -28,7 +35,8 @@ class Watch:
 
     def __init__(self, number: int, end: Callable[[int], None] = os._exit):
         self._number, self._end = number, end
-        self._connections, self._leaving = [], Event()
+        self._connections, self._readers, self._heard = [], [], []
+        self._leaving = Event()
 
     def expect(self, others: int) -> int:
         """In the leading process: takes a connection from each of the others.
@@ -63,12 +71,34 @@ class Watch:
     def leave(self) -> None:
         """Says farewell: this process ends as it should."""
         self._leaving.set()
+        self._say(FAREWELL)
         for connection in self._connections:
-            with contextlib.suppress(OSError):  # the other has left before
-                connection.sendall(FAREWELL)
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
             connection.close()
+
+    def fail(self, message: str) -> bool:
+        """Says what went wrong here. Returns once the others have failed too, or left.
+
+        Otherwise it ends this process, and the message ends the others. Returns whether it is for
+        this process to tell the user.
+        """
+        self._leaving.set()
+        self._say(FAILURE, message)
+        until = time.monotonic() + ALONE_SECONDS + 2
+        for reader in self._readers:
+            reader.join(max(0.0, until - time.monotonic()))
+        speaks = self._number == 0 or not self._connections
+        words = [word for word in self._heard if word in (FAREWELL, FAILURE)]
+        if len(words) < len(self._connections):
+            self._stop(message if speaks else "", FAILED)
+        return speaks
+
+    def _say(self, word: bytes, message: str = "") -> None:
+        line = word + " ".join(message.split()).encode()[: LINE_BYTES - 2] + b"\n"
+        for connection in self._connections:
+            with contextlib.suppress(OSError):  # the other has left before
+                connection.sendall(line)
 
     def _read(self, connection: socket.socket) -> None:
         connection.settimeout(None)
@@ -80,22 +110,37 @@ class Watch:
 
         def read() -> None:
             try:
-                last = connection.recv(1)
+                with connection.makefile("rb") as lines:
+                    line = lines.readline(LINE_BYTES)
             except OSError:
-                last = b""
-            if last != FAREWELL and not self._leaving.is_set():
+                line = b""
+            word, message = line[:1], line[1:].decode(errors="replace").strip()
+            self._heard.append(word)
+            if word == VERDICT:
+                self._stop("", FAILED)
+            elif word == FAILURE:
+                if self._leaving.wait(ALONE_SECONDS):
+                    return
+                if self._number == 0:
+                    self._say(VERDICT)
+                self._stop(message if self._number == 0 else "", FAILED)
+            elif word != FAREWELL and not self._leaving.is_set():
                 self.lost()
 
-        Thread(target=read, daemon=True).start()
+        self._readers.append(Thread(target=read, daemon=True))
+        self._readers[-1].start()
 
     def lost(self, details: str = "") -> None:
         """Ends this process at once: a regular exit would wait for the lost one."""
-        print(
-            f"\nerror: process {self._number} stops, for another process was lost{details}; start "
-            "all of them again: they resume from the last checkpoint",
-            file=sys.stderr, flush=True,
+        self._stop(
+            f"process {self._number} stops, for another process was lost{details}; start "
+            "all of them again: they resume from the last checkpoint", LOST,
         )
-        self._end(EXIT_STATUS)
+
+    def _stop(self, message: str, status: int) -> None:
+        if message:
+            print(f"\nerror: {message}", file=sys.stderr, flush=True)
+        self._end(status)
 
 
 def _says(connection: socket.socket, token: bytes) -> bool:
