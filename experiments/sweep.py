@@ -94,6 +94,7 @@ def run_cells(
             label = f"{number}/{len(chosen)} {cell.name}: "
             bars = Bars(label) if processes.leads() else Console()
             try:
+                sweep.check_steps(cell, workdir)
                 if together > 1:
                     train_with_others(
                         cell, chosen, workdir, stop, bars, shared, together, tried

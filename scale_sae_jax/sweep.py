@@ -250,6 +250,19 @@ def finished(here: Cell, workdir: Path) -> dict[str, Any] | None:
     return record["results"] if same else None
 
 
+def check_steps(here: Cell, workdir: Path) -> None:
+    """Raises UserError for a cell begun with other steps: on two schedules, it is no cell's run."""
+    folder = workdir / here.name
+    if not (folder / "metrics.jsonl").exists():
+        return
+    begun = folders.read_config(folder).steps
+    if begun != here.config.steps:
+        raise UserError(
+            f"{folder} holds a cell of config.steps = {begun}, not {here.config.steps}: choose "
+            "another --workdir, or delete this folder"
+        )
+
+
 def sources_of(
     here: Cell, workdir: Path, stop: Event, console: Console, shared: Shared
 ) -> Sources:

@@ -435,6 +435,16 @@ def test_seeds_share_a_width_that_is_matched_by_time(data, tmp_path, monkeypatch
     assert [row["total_width"] for row in table.read_rows(tmp_path)] == [128, 128, 192, 128]
 
 
+def test_a_cell_begun_with_other_steps_is_left_as_it_is(data, tmp_path, capsys):  # noqa: F811
+    shorter = array_cells(data, [(4, 0)])
+    assert command.run_cells(shorter, shorter, tmp_path, Event(), COMMAND) == []
+    before = (tmp_path / "k=4-seed=0" / "metrics.jsonl").read_text()
+    longer = array_cells(data, [(4, 0)], steps=60)
+    assert command.run_cells(longer, longer, tmp_path, Event(), COMMAND) == ["k=4-seed=0"]
+    assert "holds a cell of config.steps = 30, not 60" in capsys.readouterr().out
+    assert (tmp_path / "k=4-seed=0" / "metrics.jsonl").read_text() == before
+
+
 # Cells that train together
 
 
