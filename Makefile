@@ -13,6 +13,7 @@ quickstart: .venv/installed
 
 test: .venv/test-installed
 	.venv/bin/python -m pytest
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv/bin/python -m pytest -m optimised
 
 .venv/installed: setup.py
 	$(PYTHON) -m venv .venv

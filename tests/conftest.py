@@ -1,7 +1,8 @@
 """Tests run on 8 forced CPU devices, with every jaxtyping annotation checked by beartype.
 
-They, and the commands that they start, reach no network, and compile what they share once: compile
-time is most of the run.
+They, and the commands that they start, reach no network, and compile what they share once, with few
+optimisations: compile time is most of the run. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the program
+that users run; `make test` does so for the formulas, the memory they take and resuming.
 """
 
 import os
@@ -12,7 +13,8 @@ FAST = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
-os.environ.update(FAST)
+for name, value in FAST.items():
+    os.environ.setdefault(name, value)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as it is in the workers of pytest-xdist
     COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name

@@ -61,6 +61,7 @@ def test_a_row_that_no_token_uses_may_be_nan(way):
     assert np.isfinite(ours).all()
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("width", (768, 1600, 2304, 4100))
 def test_widths_of_language_models(width):
     """Terms of more columns than one loop adds, and columns left over."""
@@ -70,6 +71,7 @@ def test_widths_of_language_models(width):
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_operands_are_rounded_and_sums_are_not(kernel):
     """Products of two bfloat16 numbers, 1 + 2^-7 each, are kept in full."""
@@ -82,6 +84,7 @@ def test_operands_are_rounded_and_sums_are_not(kernel):
     np.testing.assert_array_equal(row_dots(x, ids, rows), 64 * (1 + 2**-7) ** 2)
 
 
+@pytest.mark.optimised
 def test_on_cpus_the_rows_of_a_batch_are_never_stored():
     """Nor where the sum has two users: the residual, and its products with the same rows."""
     tokens, slots, width = 2048, 32, 768

@@ -61,6 +61,7 @@ def assert_equal_to_dense(kernel, x, w, experts, weight, dtype=jnp.float32, tole
     return grads
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
 @pytest.mark.parametrize("per_expert", (False, True))
 @pytest.mark.parametrize("name", loads())

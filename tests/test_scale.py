@@ -101,6 +101,7 @@ def test_option_matches_reference(config):
     assert_matches_reference(config)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", MANY_EXPERTS)
 def test_preset_matches_reference(name):
     config = preset(name, latents=40, experts=5, active=0, k=6)
@@ -177,6 +178,7 @@ def temporaries(tokens, experts, size=32, width=32):
     return gradient.lower(params, x).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimised
 def test_memory_grows_with_the_active_width_not_with_the_dictionary():
     """No [T, N m] array: that alone would be 2.1 MB for 64 experts and 512 tokens."""
     few, many, long = temporaries(512, 4), temporaries(512, 64), temporaries(2048, 64)
@@ -185,6 +187,7 @@ def test_memory_grows_with_the_active_width_not_with_the_dictionary():
     assert long < 4.5 * many  # 4 times the tokens; few gathered rows fit into the gradients' memory
 
 
+@pytest.mark.optimised
 def test_memory_is_four_arrays_of_the_active_width_and_the_gathered_inputs():
     tokens, size, width = 1024, 96, 192
     bound = 4 * (4 * tokens * 2 * size + tokens * 2 * width)

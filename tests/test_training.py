@@ -160,6 +160,7 @@ def test_bfloat16_everywhere_trains_to_the_fvu_of_float32(activations, tmp_path)
 # One step
 
 
+@pytest.mark.optimised
 def test_metrics_of_a_step_by_numpy(activations):
     sae, now, step = step_of(SAE, dead_after=3 * BATCH)
     encode, reconstruct, route = map(jax.jit, (sae.encode, sae.reconstruct, sae.route))
@@ -277,6 +278,7 @@ def assert_same_run(summary, folder, whole):
     assert records(folder) == records(whole[0])
 
 
+@pytest.mark.optimised
 def test_stopped_and_resumed_is_bit_identical(activations, tmp_path, whole):
     stop, shown = Event(), []
 
