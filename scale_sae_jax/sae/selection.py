@@ -114,20 +114,21 @@ def batch_winners_of_all(
 ) -> Bool[Array, "R W"]:
     """Marks this device's part of the `most` largest values > 0 on all devices.
 
-    The smallest of them is found bit by bit, from counts alone. A tie goes to the device that comes
-    first in the mesh, then to the lower token and place.
+    The smallest of them is found bit by bit, from counts alone; a device counts to `most` only,
+    lest the sum overflow. A tie goes to the device that comes first in the mesh, then to the lower
+    token and place.
     """
     _check_places(acts)
     bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(acts), jnp.int32)
 
     def narrow(i, least):
         higher = least | (1 << (30 - i))  # acts >= 0, whose bits are in their order
-        enough = shards.total((bits >= higher).sum()) >= most
+        enough = shards.total(jnp.minimum((bits >= higher).sum(), most)) >= most
         return jnp.where(enough, higher, least)
 
     least = jax.lax.fori_loop(0, 31, narrow, jnp.int32(0))
     above, ties = bits > least, bits == least
-    places = most - shards.total(above.sum()) - shards.before(ties.sum())
+    places = most - shards.total(above.sum()) - shards.before(jnp.minimum(ties.sum(), most))
     first = jnp.cumsum(ties.reshape(-1)).reshape(ties.shape) <= places
     return (above | ties & first) & (acts > 0)
 
