@@ -20,7 +20,7 @@ from absl import flags
 from experiments import command_line, evaluate
 from experiments.console import Bars
 from scale_sae_jax import attach, load
-from scale_sae_jax.activations.masks import largest_norm
+from scale_sae_jax.activations.masks import evaluated, largest_evaluated
 from scale_sae_jax.config import Config, from_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.inspection import look
@@ -110,8 +110,8 @@ def main() -> None:
     try:
         sources = open_sources(config, workdir, Event(), bars)
         lm = sources.lm
-        max_norm = largest_norm(sources.train.median_norm, config.activations.max_norm_ratio)
-        bound = dict(max_norm=max_norm, masks=config.activations, bos=text.bos)
+        max_norm = largest_evaluated(sources.train.median_norm, config.activations)
+        bound = dict(max_norm=max_norm, masks=evaluated(config.activations), bos=text.bos)
         attached = attach(lm, sae, params, config.lm.layer, **bound)
         sentences = [sentence(words, attached.codes(words)) for words in FLAGS.text]
         batches = heldout_text(config, text, sources)

@@ -23,7 +23,7 @@ from experiments import command_line
 from experiments.console import Bars
 from experiments.evaluate import refuse_unused, text_asked_for
 from scale_sae_jax import load
-from scale_sae_jax.activations.masks import largest_norm
+from scale_sae_jax.activations.masks import largest_evaluated
 from scale_sae_jax.config import Config, from_config_dict, to_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.interop import delphi, files, gemma_scope, hub, origin, sae_lens, sparsify
@@ -145,7 +145,7 @@ def export_delphi(
         heldout = read_heldout(config, text, sources, bars)
     finally:
         bars.close()
-    max_norm = largest_norm(sources.train.median_norm, config.activations.max_norm_ratio)
+    max_norm = largest_evaluated(sources.train.median_norm, config.activations)
     writer = delphi.save(
         sae, params, heldout.batches, folder, hookpoint, settings, FLAGS.splits or SPLITS, max_norm
     )

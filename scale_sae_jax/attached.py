@@ -8,6 +8,7 @@ Positions that the evaluator does not score (padding, position 0, special tokens
 an outlying norm) have no codes here and are never edited.
 """
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from scale_sae_jax.activations.masks import evaluated, keep, largest_norm, token_flags
+from scale_sae_jax.activations.masks import evaluated, keep, largest_evaluated, token_flags
 from scale_sae_jax.activations.store import MANIFEST, read_manifest
 from scale_sae_jax.config import ActivationsConfig
 from scale_sae_jax.errors import UserError
@@ -254,13 +255,15 @@ def attach(
             f"the autoencoder takes activations of width {sae.width}, those of {lm.name} have "
             f"{lm.width}: take the model that it was trained on"
         )
-    return Attached(lm, sae, params, layer, max_norm, evaluated(masks), bos)
+    masks = dataclasses.replace(masks, mask_padding=True)
+    return Attached(lm, sae, params, layer, max_norm, masks, bos)
 
 
 def attach_run(path: str | Path, step: int | str = "latest") -> Attached:
     """The language model and the autoencoder of a run's folder, attached.
 
-    The limit for outliers is that of the run's store of activations; without one there is none.
+    Left alone is what the evaluator leaves out; but outliers by the median of the run's store of
+    activations: of a run without one (`activations.buffer`) they are edited too.
 
     Args:
       path: the --workdir of a run. step: a checkpoint's step, 'latest' or 'best'.
@@ -279,7 +282,7 @@ def attach_run(path: str | Path, step: int | str = "latest") -> Attached:
         sae,
         params,
         config.lm.layer,
-        max_norm=largest_norm(median, config.activations.max_norm_ratio),
-        masks=config.activations,
+        max_norm=largest_evaluated(median, config.activations),
+        masks=evaluated(config.activations),
         bos=config.text.bos,
     )

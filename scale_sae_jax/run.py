@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from scale_sae_jax import workdir as folders
 from scale_sae_jax.activations.array import ActivationArray, open_array
 from scale_sae_jax.activations.harvest import harvest
-from scale_sae_jax.activations.masks import largest_norm
+from scale_sae_jax.activations.masks import evaluated, largest_evaluated
 from scale_sae_jax.activations.store import ActivationStore, is_complete, open_store, verify
 from scale_sae_jax.activations.stream import ActivationStream
 from scale_sae_jax.activations.synthetic import (
@@ -38,7 +38,7 @@ from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.sae.registry import build, has_experts
 from scale_sae_jax.text.sources import Document, check_text
 from scale_sae_jax.text.splits import heldout_documents
-from scale_sae_jax.training import metrics, state
+from scale_sae_jax.training import metrics, precision, state
 from scale_sae_jax.training.checkpoints import Checkpoints
 from scale_sae_jax.training.interrupts import Interrupted
 from scale_sae_jax.training.loop import train
@@ -199,8 +199,8 @@ def read_heldout(
     for batch in batches:
         batch = batch._replace(x=np.asarray(batch.x))
         if sources.lm is not None:
-            train, ratio = sources.train, config.activations.max_norm_ratio
-            max_norm = largest_norm(train.median_norm, ratio)
+            train = sources.train
+            max_norm = largest_evaluated(train.median_norm, config.activations)
             batch = with_ablations(batch, sources.lm, config.lm.layer, train.mean, max_norm)
         kept.append(batch)
         tokens += int(batch.real.sum())
@@ -246,7 +246,7 @@ def run(
     if not summary.finished:
         raise Interrupted(f"training stopped and saved at step {summary.step} of {config.steps}")
     heldout = heldout or read_heldout(config, config.text, sources, console)
-    sae, params = summary.sae, summary.state.params
+    sae, params = summary.sae, precision.widen(summary.state.params)
     return evaluate_run(config, config.text, workdir, sources, heldout, sae, params, console)
 
 
@@ -265,7 +265,7 @@ def evaluate_run(
     Args:
       text: where `heldout` was read from.
     """
-    store, ratio = sources.train, config.activations.max_norm_ratio
+    store = sources.train
     done = itertools.accumulate(int(batch.real.sum()) for batch in heldout.batches)
 
     def progress(_: int) -> None:
@@ -277,7 +277,7 @@ def evaluate_run(
         heldout.batches,
         mean=store.mean,
         median_norm=store.median_norm,
-        max_norm_ratio=ratio,
+        max_norm_ratio=evaluated(config.activations).max_norm_ratio,
         lm=sources.lm,
         layer=None if sources.lm is None else config.lm.layer,
         training=_bill(workdir),
@@ -286,7 +286,7 @@ def evaluate_run(
         progress=progress,
     )
     sample = store.rows(np.linspace(0, store.n - 1, min(store.n, PCA_ROWS)).astype(np.int64))
-    max_norm = largest_norm(store.median_norm, ratio)
+    max_norm = largest_evaluated(store.median_norm, config.activations)
     directions = pca.components(sample, np.asarray(store.mean), min(config.sae.k, store.d))
     fvu_pca = pca.fvu(heldout.batches, np.asarray(store.mean), directions, max_norm)
     results["fvu_pca"] = json_value(fvu_pca)
@@ -311,12 +311,13 @@ def evaluate_run(
 def load(
     path: str | Path, step: int | str = "latest", mesh: Mesh | None = None
 ) -> tuple[Autoencoder, Params]:
-    """A trained autoencoder and its parameters from the folder of a run.
+    """A trained autoencoder and its parameters, in float32, from the folder of a run.
 
     Args:
       path: the --workdir of a run.
       step: a checkpoint's step, 'latest', or 'best' (lowest running FVU).
-      mesh: devices to put it on, whatever mesh it was trained on; one device if not given.
+      mesh: devices to put it on, whatever mesh it was trained on; one device of this process if
+        not given.
 
     Raises UserError when the folder holds no run or no such checkpoint.
     """
@@ -336,7 +337,7 @@ def load(
         sae = build(sized(config, workdir, width).sae, width)
         tx = optimiser(config.optim, sae.latents, config.steps, sae.config.decoder_norm)
         restored = checkpoints.restore(number, state.abstract(sae, tx, config.optim, mesh))
-    return on_mesh(sae, mesh) if mesh else sae, restored.params
+    return on_mesh(sae, mesh) if mesh else sae, precision.widen(restored.params)
 
 
 def sized(config: Config, workdir: Path, width: int) -> Config:

@@ -230,6 +230,13 @@ def get_grid(arg):
 """
 
 
+LOAD = """
+import scale_sae_jax
+from experiments import command_line
+command_line.start(lambda: scale_sae_jax.load({!r}), lambda argv: None, processes_join=True)
+"""
+
+
 def test_a_failed_cell_ends_a_sweep_of_several_processes(array, tmp_path):
     """They may fail apart, and then wait for one another in different cells."""
     grid = tmp_path / "grid.py"
@@ -242,6 +249,9 @@ def test_a_failed_cell_ends_a_sweep_of_several_processes(array, tmp_path):
     for told in ("absent.npy: file not found", "with several processes a failed cell ends"):
         assert [told in err for *_, err in ends] == [True, False], ends
     assert len((tmp_path / "sweep" / "results.csv").read_text().splitlines()) == 2
+    (run,) = (path.parent for path in (tmp_path / "sweep").rglob("cell.json"))
+    ends = finish(begin([sys.executable, "-c", LOAD.format(str(run))], 2, 1))
+    assert [code for code, *_ in ends] == [0, 0], ends
 
 
 @pytest.mark.parametrize(

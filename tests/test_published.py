@@ -72,8 +72,6 @@ def test_features_before_top_k(name):
 @pytest.mark.parametrize("name", FILES)
 def test_loss_and_gradients(name):
     v, sae, params = imported(name)
-    config = dataclasses.replace(sae.config, load_balance=3.0 if "omega" in v else 0.01)
-    sae = dataclasses.replace(sae, module=sae.module.clone(config=config), config=config)
     dead = jnp.zeros(sae.latents, bool)
     loss, grads = jax.value_and_grad(lambda p: sae.loss(p, v["x"], dead).total)(params)
     close(loss, v["loss"])

@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+from pydoc_data.topics import topics
 from threading import Event
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import write_model
 
 import scale_sae_jax
 from scale_sae_jax import run as runs
+from scale_sae_jax.activations.masks import largest_evaluated
 from scale_sae_jax.config import (
+    ActivationsConfig,
     Config,
     EvalConfig,
     LMConfig,
@@ -20,8 +24,11 @@ from scale_sae_jax.config import (
     check,
 )
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.evaluation.heldout import text_batches
+from scale_sae_jax.lm import load_language_model
 from scale_sae_jax.run import run
 from scale_sae_jax.sae.presets import preset
+from scale_sae_jax.text.sources import Document
 from scale_sae_jax.training.metrics import read_lines
 
 SMALL = SyntheticConfig(
@@ -59,6 +66,46 @@ def test_synthetic_run_reports_ground_truth_and_the_bill(tmp_path):
     assert len(each) > 1 and results["seconds_per_step"] == pytest.approx(np.median(each))
     sae, params = scale_sae_jax.load(tmp_path)
     assert sae.latents == 64 and params["w_enc"].shape == (64, 16)
+
+
+def test_parameters_kept_in_bfloat16_are_measured_in_float32(tmp_path, monkeypatch):
+    measured = []
+
+    def evaluate(sae, params, *rest, **more):
+        measured.append(params)
+        return evaluator(sae, params, *rest, **more)
+
+    evaluator = runs.evaluate
+    monkeypatch.setattr(runs, "evaluate", evaluate)
+    narrow = dataclasses.replace(CONFIG, steps=20, optim=OptimConfig(param_dtype="bfloat16"))
+    assert 0 < run(narrow, tmp_path, Event())["mcc"] <= 1
+    measured.append(scale_sae_jax.load(tmp_path)[1])
+    for params in measured:
+        assert {value.dtype for value in params.values()} == {jnp.dtype("float32")}
+        kept = params["w_dec"].astype(jnp.bfloat16)
+        np.testing.assert_array_equal(kept.astype(jnp.float32), params["w_dec"])
+
+
+def test_evaluation_leaves_out_what_training_may_have_kept(tmp_path):
+    write_model(tmp_path, [text[:2000] for text in topics.values()])
+    lm = load_language_model(LMConfig(path=str(tmp_path), dtype="bfloat16"))
+    documents = [Document(name, text[:100]) for name, text in list(topics.items())[:20]]
+    everything = ActivationsConfig(
+        mask_padding=False, drop_position_0=False, drop_special=False, max_norm_ratio=0.0
+    )
+
+    def scored(activations):
+        config = Config(
+            activations=activations, text=TextConfig(context=64), lm=LMConfig(layer=0)
+        )
+        batches = list(text_batches(config, lm, documents))
+        assert {batch.x.dtype for batch in batches} == {jnp.dtype("float32")}
+        return np.concatenate([batch.scored for batch in batches])
+
+    np.testing.assert_array_equal(scored(everything), scored(ActivationsConfig()))
+    assert not scored(everything)[:, 0].any() and scored(everything)[:, 1].any()
+    assert largest_evaluated(2.0, everything) == largest_evaluated(2.0, ActivationsConfig()) == 20
+    assert largest_evaluated(2.0, ActivationsConfig(max_norm_ratio=5.0)) == 10
 
 
 def test_match_by_time_is_measured_once_and_kept(tmp_path, monkeypatch):

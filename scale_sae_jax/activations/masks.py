@@ -6,6 +6,7 @@ arXiv 2402.17762); one of them would outweigh thousands of ordinary tokens.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -56,10 +57,13 @@ def fates(flags: TokenFlags, config: ActivationsConfig) -> Int8[np.ndarray, "B S
 
 
 def evaluated(config: ActivationsConfig) -> ActivationsConfig:
-    """The mask options of evaluation: those of training, but padding is never evaluated."""
-    return ActivationsConfig(
-        drop_position_0=config.drop_position_0, drop_special=config.drop_special
-    )
+    """The mask options of evaluation and edits, which leave out what training may have kept.
+
+    Padding, position 0, special tokens, and outliers: by the ratio of training, or by the default
+    where that keeps all. So metrics compare, and no few positions decide them.
+    """
+    default = ActivationsConfig()
+    return replace(default, max_norm_ratio=config.max_norm_ratio or default.max_norm_ratio)
 
 
 def keep(flags: TokenFlags, config: ActivationsConfig) -> Bool[np.ndarray, "B S"]:
@@ -70,6 +74,11 @@ def keep(flags: TokenFlags, config: ActivationsConfig) -> Bool[np.ndarray, "B S"
 def largest_norm(median_norm: float, max_norm_ratio: float) -> float:
     """The norm over which an activation is an outlier; none is if the ratio is 0."""
     return max_norm_ratio * median_norm if max_norm_ratio > 0 else np.inf
+
+
+def largest_evaluated(median_norm: float, config: ActivationsConfig) -> float:
+    """The norm over which an activation is an outlier of evaluation and edits."""
+    return largest_norm(median_norm, evaluated(config).max_norm_ratio)
 
 
 def outliers(

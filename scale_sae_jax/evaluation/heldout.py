@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from scale_sae_jax.activations.array import ActivationArray
@@ -23,7 +24,7 @@ def text_batches(
     config: Config, lm: LanguageModel, documents: Iterable[Document]
 ) -> Iterator[EvalBatch]:
     """Batches of about `config.eval.tokens` real tokens, run to `config.lm.layer`."""
-    run_to = jax.jit(lm.run_to, static_argnums=3)
+    run_to = jax.jit(lambda *row: lm.run_to(*row).astype(jnp.float32), static_argnums=3)
     text = config.text
     wanted = -(-config.eval.tokens // text.context)
     rows = islice(pack(documents, lm.tokenizer, text.context, text.packing, text.bos), wanted)

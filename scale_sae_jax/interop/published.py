@@ -82,13 +82,16 @@ def _many_experts(arrays: dict[str, np.ndarray], k: int, active: int):
         "c_router": take(arrays, "gate.bias", (n,)),
         "b_router": take(arrays, "b_gate", (d,)),
     }
-    scaling = "none"
+    scaling, load_balance = "none", 0.01
     if "omega" in arrays:
-        scaling = "mean_lp"
+        scaling, load_balance = "mean_lp", 3.0
         params["omega"] = take(arrays, "omega", (n,))
         params["low_pass"] = take(arrays, "lp_transform_encoder.weight", (d, d)).T
     config = preset("authors", latents=n * m, experts=n, active=active, k=k)
-    return dataclasses.replace(config, feature_scaling=scaling, tie_biases=False), params
+    config = dataclasses.replace(
+        config, feature_scaling=scaling, tie_biases=False, load_balance=load_balance
+    )
+    return config, params
 
 
 def _switch(arrays: dict[str, np.ndarray], k: int, active: int):

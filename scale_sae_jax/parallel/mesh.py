@@ -47,9 +47,9 @@ def make_mesh(spec: str, experts: int, devices: Sequence[jax.Device] | None = No
     )
 
 
-def local_mesh() -> Mesh:
-    """The devices of this process along `data`."""
-    devices = jax.local_devices()
+def local_mesh(most: int | None = None) -> Mesh:
+    """The devices of this process, `most` at most, along `data`."""
+    devices = jax.local_devices()[:most]
     return jax.make_mesh((len(devices), 1), (DATA, EXPERT), (AxisType.Auto,) * 2, devices=devices)
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Integer
 
 from scale_sae_jax.config import OptimConfig
-from scale_sae_jax.parallel.mesh import EVERYWHERE, ON_EXPERTS, make_mesh, param_specs, placed
+from scale_sae_jax.parallel.mesh import EVERYWHERE, ON_EXPERTS, local_mesh, param_specs, placed
 from scale_sae_jax.sae.autoencoder import Autoencoder
 from scale_sae_jax.training import precision
 
@@ -77,9 +77,9 @@ def abstract(
     """Shapes, dtypes and shardings of the state, for restoring; computes nothing.
 
     Args:
-      mesh: where it is to lie; on the first device if not given.
+      mesh: where it is to lie; on the first device of this process if not given.
     """
-    mesh = mesh or make_mesh("data:1,expert:1", 1)
+    mesh = mesh or local_mesh(1)
     return jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
         _shapes(sae, tx, config),
