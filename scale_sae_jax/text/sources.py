@@ -114,13 +114,16 @@ def _parse_where(where: str) -> _Condition | None:
 
 def _document(record: _Record, field: str, condition: _Condition | None) -> Document | None:
     place, fields = record
-    needed = {"field": field} | ({"where": condition.field} if condition else {})
-    for setting, name in needed.items():
-        if name not in fields:
-            there = ", ".join(map(str, fields)) or "none"
-            raise UserError(
-                f"{place} has no field '{name}': set --config.text.{setting} to one of: {there}"
-            )
+    there = ", ".join(map(str, fields)) or "none"
+    if field not in fields:
+        raise UserError(
+            f"{place} has no field '{field}': set --config.text.field to one of: {there}"
+        )
+    if condition and condition.field not in fields:
+        raise UserError(
+            f"{place} has no field '{condition.field}' for config.text.where: keep all documents "
+            f"with --config.text.where= or name one of: {there}"
+        )
     if condition and (str(fields[condition.field]) == condition.value) != condition.equal:
         return None
     text = fields[field]
@@ -141,13 +144,19 @@ def _document(record: _Record, field: str, condition: _Condition | None) -> Docu
 def _records(config: TextConfig) -> Iterator[_Record]:
     if config.path.startswith("package:"):
         return _package_records(config.path.removeprefix("package:"), config.field)
-    files = _local_files(config.path)
+    files = _local_files(config.path, _setting(config))
     if not files:
         return _hub_records(config)
     return (record for path in files for record in _file_records(path, config))
 
 
-def _local_files(name: str) -> list[Path]:
+def _setting(config: TextConfig) -> str:
+    """The setting that `config.path` comes from: `heldout_source` takes it from heldout_path."""
+    is_heldout = config.path and config.path == config.heldout_path
+    return f"config.text.{'heldout_path' if is_heldout else 'path'}"
+
+
+def _local_files(name: str, setting: str = "config.text.path") -> list[Path]:
     """The files behind `name`; none if it can only be the name of a hub dataset."""
     if not name:
         raise UserError("config.text.path is empty: name a text with --config.text.path=FILE.jsonl")
@@ -164,7 +173,7 @@ def _local_files(name: str) -> list[Path]:
         return [path]
     looks_like_path = name[0] in "./~" or name.count("/") > 1
     if looks_like_path or path.suffix in {*_READERS, ".json"}:
-        raise UserError(f"config.text.path: file not found: {name}")
+        raise UserError(f"{setting}: file not found: {name}")
     return []
 
 
@@ -246,7 +255,7 @@ def _hub_records(config: TextConfig) -> Iterator[_Record]:
         raise UserError(
             f"cannot read dataset '{name}' (subset '{config.subset}', split '{config.split}') from "
             f"the hub: {reason}; check name and network, or give a local file with "
-            "--config.text.path=FILE.jsonl"
+            f"--{_setting(config)}=FILE.jsonl"
         ) from None
 
 
