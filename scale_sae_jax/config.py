@@ -6,6 +6,7 @@ in the library sees a `ConfigDict`.
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -350,6 +351,9 @@ def check(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         choices = ", ".join(choice or "''" for choice in allowed)
         _require(value in allowed, f"config.{path} = '{value}' must be one of {choices}")
+    for path, value in flatten(dataclasses.asdict(config)).items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        _require(finite, f"config.{path} = {value} must be a finite number")
     for name in ("steps", "batch_size", "steps_per_call", "log_every", "keep_checkpoints"):
         value = getattr(config, name)
         _require(value > 0, f"config.{name} = {value} must be at least 1")

@@ -161,7 +161,6 @@ def test_an_unknown_choice_is_refused_with_the_choices(path):
         ("keep_checkpoints", 0),
         ("checkpoint_every", -1),
         ("optim.lr", -1e-3),
-        ("optim.lr", float("nan")),
         ("optim.clip", -1.0),
         ("optim.warmup", -0.1),
         ("optim.decay", 1.1),
@@ -197,6 +196,13 @@ def test_a_value_out_of_range_is_named(path, value):
     message = refusal(lambda: check(changed(path, value)))
     section, _, name = path.rpartition(".")
     assert f"config.{section}" in message and re.search(rf"\b{name}\b", message)
+
+
+@pytest.mark.parametrize("path", ["optim.lr", "sae.load_balance", "text.heldout_fraction"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_must_be_finite(path, value):
+    message = refusal(lambda: check(changed(path, value)))
+    assert message == f"config.{path} = {value} must be a finite number"
 
 
 def sae_refusal(**settings):
@@ -253,6 +259,12 @@ def test_presets_pass_the_check_and_are_what_they_say(name):
 def test_an_unknown_preset_is_refused_with_the_names():
     message = refusal(lambda: preset("papers", latents=64, experts=4, active=0, k=4))
     assert "'papers'" in message and all(name in message for name in PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_unknown_match_is_refused_with_the_choices(name):
+    message = refusal(lambda: preset(name, latents=64, experts=4, active=0, k=4, match="foo"))
+    assert message.startswith("match=foo is unknown") and "active, width, time" in message
 
 
 def config_file(path):

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from scale_sae_jax.config import SAEConfig
+from scale_sae_jax.config import CHOICES, SAEConfig
 from scale_sae_jax.errors import UserError
 
 PRESETS = {
@@ -55,10 +55,13 @@ def preset(
         own number of active experts, 'active' gives it as many fewer, wider experts as it takes
         for the same active width.
 
-    Raises UserError for an unknown name, or one that cannot be matched.
+    Raises UserError for an unknown name or match, or a preset that cannot be matched.
     """
     if name not in PRESETS:
         raise UserError(f"preset '{name}' is unknown: choose one of {', '.join(PRESETS)}")
+    if match not in CHOICES["sae.match"]:
+        known = ", ".join(filter(None, CHOICES["sae.match"]))
+        raise UserError(f"match={match} is unknown: choose one of {known}, or leave it out")
     options = PRESETS[name]
     config = dataclasses.replace(SAEConfig(), **options)
     asked = active or min(SAEConfig().active if match else config.active, experts)
