@@ -4,7 +4,7 @@
 
 Prints what each device holds, and what it receives from the others in a step, by the formulas of
 docs/scaling.md. If that is more than --memory_gb, says what to change. Needs no devices, and no
-model where --d gives the width of the activations.
+model where --d gives the width of the activations (GPT-2 small: --d=768).
 
 Exit status: 0 it fits, 1 it does not, 2 for a user's mistake.
 """
@@ -13,10 +13,12 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from absl import flags
 
 from experiments import command_line
+from scale_sae_jax.activations.array import map_array
 from scale_sae_jax.config import Config, from_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.lm import inspect_language_model
@@ -40,12 +42,15 @@ def define(argv: list[str]) -> None:
 
 
 def width_of(config: Config) -> int:
-    """D, from the flag, the synthetic settings or the model's config file."""
+    """D, from the flag, the synthetic settings, the array's header or the model's config file."""
     if FLAGS.d or config.synthetic.features:
         return FLAGS.d or config.synthetic.d
     if config.activations.is_array:
-        raise UserError("an array's width is not known here: give it with --d")
-    return inspect_language_model(config.lm).width
+        return map_array(Path(config.activations.path).expanduser()).shape[1]
+    try:
+        return inspect_language_model(config.lm).width
+    except UserError as error:
+        raise UserError(f"{error}, or the width alone with --d (GPT-2 small: --d=768)") from None
 
 
 def mesh_of(config: Config, experts: int) -> dict[str, int]:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
+import numpy as np
 import pytest
 
 from scale_sae_jax.config import OptimConfig, SAEConfig
@@ -100,6 +101,16 @@ def test_plan_of_a_mesh_and_what_to_change():
     ):
         code, _, err = call("experiments.plan", OWT, *flags)
         assert code == 2 and message in err
+
+
+def test_plan_needs_the_width_alone(tmp_path):
+    path = tmp_path / "acts.npy"
+    np.save(path, np.zeros((4, 48), np.float16))
+    array = f"--config=configs/array.py:path={path},experts=4,latents=64,l0=4"
+    outs = [call("experiments.plan", array, *d, "--devices=1")[:2] for d in ([], ["--d=48"])]
+    assert outs[0] == outs[1] and outs[0][0] == 0
+    code, _, err = call("experiments.plan", OWT, "--config.lm.path=./absent", "--devices=1")
+    assert code == 2 and "./absent" in err and "--d=768" in err
 
 
 def test_plan_of_the_state_by_hand():

