@@ -100,6 +100,7 @@ def check_sources(config: Config) -> None:
 
 def check_run(config: Config) -> None:
     """`check_sources`, and what the architecture, the devices or the text to hold out forbid."""
+    _refuse_unread(config)
     check_sources(config)
     mesh_of_run(config, _experts(config))
     if config.synthetic.features or config.activations.is_array:
@@ -113,6 +114,22 @@ def check_run(config: Config) -> None:
             f"config.text.{how} holds out no document to evaluate on: give more text, or name some "
             "with --config.text.heldout_path=FILE.jsonl"
         )
+
+
+def _refuse_unread(config: Config) -> None:
+    """Refuses settings of a model and a text beside an array, which needs neither."""
+    if not config.activations.is_array:
+        return
+    for section in ("lm", "text"):
+        given = dataclasses.asdict(getattr(config, section))
+        default = dataclasses.asdict(getattr(Config(), section))
+        for name, value in given.items():
+            if value != default[name] and name != "heldout_fraction":
+                raise UserError(
+                    f"config.{section}.{name} = {value!r} would do nothing: config.activations.path"
+                    f" = '{config.activations.path}' is an array of activations; leave one out, "
+                    f"or train with configs/array.py:path={config.activations.path}"
+                )
 
 
 def check_rows(config: Config, sources: Sources) -> None:

@@ -162,6 +162,15 @@ def test_two_sources_are_refused():
         runs.check_sources(dataclasses.replace(CONFIG, synthetic=few))
 
 
+@pytest.mark.parametrize("change", [{"lm": LMConfig(path="model")}, {"text": TextConfig("a.txt")}])
+def test_settings_of_a_text_beside_an_array_are_refused(change):
+    array = dataclasses.replace(CONFIG.activations, path="acts.npy")
+    config = dataclasses.replace(CONFIG, synthetic=SyntheticConfig(), activations=array)
+    runs.check_run(dataclasses.replace(config, text=TextConfig(heldout_fraction=0.2)))
+    with pytest.raises(UserError, match=f"config.{[*change][0]}.path = .* would do nothing: .*acts"):
+        runs.check_run(dataclasses.replace(config, **change))
+
+
 @pytest.mark.parametrize("match", ["active", "time"])
 def test_experts_are_not_matched(tmp_path, match):
     sae = preset("paper", latents=64, experts=4, active=2, k=4)
