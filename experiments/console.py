@@ -36,9 +36,11 @@ class Bars(Console):
         if what != self._what or self._bar is None:
             self.close()
             self._what = what
+            # The clock starts here: what was done before does not count in the rate.
             self._bar = tqdm(desc=self._label + what, total=total, unit=f" {unit}",
-                             unit_scale=unit == "tokens", initial=0 if done < total else done,
+                             unit_scale=unit == "tokens", initial=done,
                              dynamic_ncols=True, mininterval=1)
+        self._bar.total = total
         self._bar.update(done - self._bar.n)
 
 

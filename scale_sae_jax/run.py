@@ -207,12 +207,13 @@ def read_heldout(
 
     Raises UserError if no token is left.
     """
-    skipped = []
+    skipped, asked, what = [], config.eval.tokens, "held-out activations"
     if sources.lm is None:
-        batches = array_batches(sources.heldout, config.eval.tokens)
+        batches = array_batches(sources.heldout, asked)
     else:
         batches = heldout_text(config, text, sources, skipped.append)
-    kept, tokens = [], 0
+    kept, tokens, places = [], 0, 0
+    console.progress(what, 0, asked)
     for batch in batches:
         batch = batch._replace(x=np.asarray(batch.x))
         if sources.lm is not None:
@@ -221,7 +222,8 @@ def read_heldout(
             batch = with_ablations(batch, sources.lm, config.lm.layer, train.mean, max_norm)
         kept.append(batch)
         tokens += int(batch.real.sum())
-        console.progress("held-out activations", tokens, max(tokens, config.eval.tokens))
+        places += int(batch.real.any(-1).sum()) * batch.real.shape[-1]
+        console.progress(what, tokens, max(tokens, asked))
     if not tokens:
         why = f"the run was trained on {len(skipped)} of its documents" if skipped else (
             "it has no document to evaluate on that gives a token"
@@ -229,6 +231,12 @@ def read_heldout(
         raise UserError(
             f"{_name_of_data(config, text)} leaves no held-out token: {why}; "
             "give other text with --config.text.path"
+        )
+    console.progress(what, tokens, tokens)
+    if places < asked:
+        console.note(
+            f"{_name_of_data(config, text)} has no more than {tokens:,} held-out tokens: "
+            f"config.eval.tokens = {asked:,} asks for more"
         )
     return Heldout(kept, tokens, len(skipped))
 
@@ -288,6 +296,7 @@ def evaluate_run(
     def progress(_: int) -> None:
         console.progress("evaluate", next(done), heldout.tokens)
 
+    console.progress("evaluate", 0, heldout.tokens)
     results = evaluate(
         sae,
         params,

@@ -11,6 +11,7 @@ import pytest
 from small_model import write_model
 
 import scale_sae_jax
+from experiments import console
 from scale_sae_jax import run as runs
 from scale_sae_jax.activations.masks import largest_evaluated
 from scale_sae_jax.config import (
@@ -191,6 +192,39 @@ def test_an_undefined_result_is_null_in_json(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.pca, "fvu", lambda *_: float("nan"))
     assert run(dataclasses.replace(CONFIG, steps=2), tmp_path, Event())["fvu_pca"] is None
     assert '"fvu_pca": null' in (tmp_path / "eval.json").read_text()
+
+
+class Told(runs.Console):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.notes, self.seen = [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def progress(self, what, done, total):
+        self.seen.append((done, total))
+
+
+@pytest.mark.parametrize(("asked", "notes"), [(500, 0), (501, 1), (64, 0)])
+def test_progress_over_heldout_samples_begins_at_0_and_ends_at_all(asked, notes):
+    sources = runs.Sources(*runs.open_synthetic(SMALL), None)
+    config = dataclasses.replace(CONFIG, eval=EvalConfig(tokens=asked))
+    told, there = Told(), min(asked, SMALL.heldout)
+    assert runs.read_heldout(config, config.text, sources, told).tokens == there
+    assert told.seen[0] == (0, asked) and told.seen[-1] == (there, there)
+    assert len(told.notes) == notes and all("500 held-out tokens" in note for note in told.notes)
+
+
+def test_the_rate_of_a_resumed_run_counts_what_it_did_itself():
+    bars = console.Bars()
+    record = {"loss": 1.0, "fvu": 0.5, "l0": 4.0, "dead": 0.0, "tokens_per_second": 1.0}
+    bars.step(record | {"step": 900}, 1000)
+    bars.step(record | {"step": 910}, 1000)
+    shown = bars._bar.format_dict
+    bars.close()
+    assert (shown["initial"], shown["n"], shown["total"]) == (900, 910, 1000)
 
 
 def on_text(folder, **settings):
