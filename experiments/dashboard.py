@@ -26,7 +26,7 @@ from scale_sae_jax.errors import UserError
 from scale_sae_jax.inspection import look
 from scale_sae_jax.inspection.contexts import Plan
 from scale_sae_jax.interop import neuronpedia
-from scale_sae_jax.report.dashboard import About, sentence, tokens_named, write_site
+from scale_sae_jax.report.dashboard import About, sentence, site_folder, tokens_named, write_site
 from scale_sae_jax.run import check_sources, heldout_text, open_sources
 from scale_sae_jax.sae import Autoencoder
 from scale_sae_jax.workdir import read_config
@@ -36,7 +36,7 @@ FLAGS = flags.FLAGS
 
 def define(argv: list[str]) -> None:
     evaluate.define(argv)
-    flags.DEFINE_string("to", None, "Folder of the site; WORKDIR/dashboard if not given.")
+    flags.DEFINE_string("to", None, "New folder, or a dashboard's; WORKDIR/dashboard if not given.")
     flags.DEFINE_multi_string("text", [], "A sentence to show what fires on it; may be repeated.")
     flags.DEFINE_string("latents", "", "Which latents get a page, such as 0-511,700; all if empty.")
     flags.DEFINE_integer("tokens", 65_536, "Held-out tokens to read at most.", lower_bound=1)
@@ -55,7 +55,9 @@ def chosen(latents: str, total: int) -> np.ndarray:
         if match is None:
             raise UserError(f"--latents: '{part}' is no id and no range: write 0-511,700")
         first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last < total:
+        if first > last:
+            raise UserError(f"--latents: '{part}' is in the wrong order: write {last}-{first}")
+        if last >= total:
             raise UserError(f"--latents: '{part}' must lie between 0 and {total - 1}")
         ids.update(range(first, last + 1))
     return np.array(sorted(ids), np.int64) if ids else np.arange(total)
@@ -99,7 +101,7 @@ def main() -> None:
     )
     check_sources(dataclasses.replace(config, text=text))
     sae, params = load(workdir, int(FLAGS.step) if FLAGS.step.isdecimal() else FLAGS.step)
-    latents = chosen(FLAGS.latents, sae.latents)
+    latents, folder = chosen(FLAGS.latents, sae.latents), site_folder(folder)
     bars, done = Bars(), 0
 
     def progress(tokens: int) -> None:

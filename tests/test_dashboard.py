@@ -131,8 +131,11 @@ def test_a_smaller_site_takes_the_place_of_a_larger_one(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="choose another --to"):
+    with pytest.raises(UserError, match="name another folder"):
         written(tmp_path / "file", found())
+    with pytest.raises(UserError, match="is not empty"):
+        written(tmp_path, found())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_2000_latents_stay_under_30_mb(tmp_path):

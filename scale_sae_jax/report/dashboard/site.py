@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.inspection.look import Findings
+from scale_sae_jax.interop.files import fresh
 from scale_sae_jax.report.dashboard.data import About, Tokens, latent_record, overview
 
 SHARD = 64
@@ -24,6 +25,12 @@ PAGES = {  # and their scripts
     "latent": ("latent.js",),
     "expert": ("expert.js",),
 }
+
+
+def site_folder(folder: Path) -> Path:
+    """`folder`, made if it is not there. Raises UserError if it holds anything but a dashboard."""
+    is_site = all((folder / name).is_file() for name in ("dashboard.css", "latent.html"))
+    return folder if is_site else fresh(folder)
 
 
 def write_site(
@@ -37,7 +44,7 @@ def write_site(
     """Writes the pages of `latents` (ascending ids) into a folder; returns the bytes written.
 
     Of a dashboard that was there before, only its own files are replaced. Raises UserError if the
-    folder cannot be written.
+    folder cannot be written, or holds something else.
     """
     records = overview(findings, about, tokens, latents)
     scripts = {
@@ -48,6 +55,7 @@ def write_site(
         ids = latents[latents // SHARD == shard].tolist()
         values = {latent: latent_record(findings, tokens, latent) for latent in ids}
         scripts[f"latents-{shard}.js"] = f"dashboard.shards[{shard}] = {script_json(values)};\n"
+    site_folder(folder)
     try:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         for old in (folder / "data").glob("latents-*.js"):
@@ -56,7 +64,7 @@ def write_site(
         for name, script in scripts.items():
             written += (folder / "data" / name).write_bytes(script.encode("ascii"))
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --to") from None
+        raise UserError(f"cannot write {folder}: {error.strerror}; name another folder") from None
     return written
 
 
