@@ -3,6 +3,9 @@
     python -m experiments.train --config=configs/array.py:path=acts.npy,experts=16,latents=4096
 
 The last 5 % of the rows are held out. Without a language model there is no delta CE.
+
+With the many-expert presets but `ours`, the weight of the load-balance term depends on the unit of
+the array; --config.sae.input_scale=true takes that away.
 """
 
 from scale_sae_jax.config import ActivationsConfig, Config, parse_arg, to_config_dict
