@@ -37,7 +37,7 @@ def define(argv: list[str]) -> None:
 
 def seconds_together(sae: SAEConfig, x: np.ndarray) -> float:
     """Median seconds of a step of all runs, after a first call."""
-    rows = ActivationArray(x.reshape(-1, FLAGS.d), x.mean((0, 1)), 1.0, "")
+    rows = ActivationArray(x.reshape(-1, FLAGS.d), x.mean((0, 1)), 1.0)
     configs = [
         Config(seed=run, steps=1000, batch_size=FLAGS.batch, optim=OptimConfig(lr=1e-4 * (1 + run)),
                sae=dataclasses.replace(sae, k=max(sae.active, FLAGS.k >> run)))

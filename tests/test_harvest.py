@@ -280,8 +280,6 @@ def test_a_store_of_parts(tmp_path, tokens):
                 for part, (*_, documents) in enumerate(stripes) for i in documents if i >= 0}
         assert opened.documents().tolist() == sorted(read)
     assert manifest.counts.documents == len(opened.documents())
-    harvest(lm, text, config, LM, tmp_path / "whole")
-    assert store.open_store(tmp_path / "whole").identity != opened.identity
 
     def kill(done, total):
         if done > 250:

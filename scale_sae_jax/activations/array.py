@@ -1,6 +1,5 @@
 """An array of activations that someone else made, in the place of a harvested store."""
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,14 +18,13 @@ class ActivationArray:
     """Consecutive rows of a .npy file, mapped into memory; reads as `ActivationStore` does.
 
     mean and median_norm are those of the training rows, in the held-out part too; the mean is
-    without outliers. identity is the sha256 of the whole array. left_out: the rows of `array`,
-    ascending, that are not among the n that are read.
+    without outliers. left_out: the rows of `array`, ascending, that are not among the n that are
+    read.
     """
 
     array: np.ndarray  # [rows, D] float16 or float32
     mean: Float32[np.ndarray, " D"]
     median_norm: float
-    identity: str
     left_out: Int64[np.ndarray, " O"] = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
@@ -73,11 +71,10 @@ def open_array(
             f"{path}: of {len(array)} rows, config.text.heldout_fraction = {heldout_fraction} "
             f"leaves {training} to train on and {heldout} to evaluate: both need at least 1"
         )
-    total, digest = np.zeros(array.shape[1]), hashlib.sha256(str(array.shape).encode())
+    total = np.zeros(array.shape[1])
     norms = np.empty(training, np.float32)
     bounds = sorted({*range(0, len(array), CHUNK_ROWS), training, len(array)})
     for start, stop in zip(bounds, bounds[1:], strict=False):
-        digest.update(array[start:stop])
         chunk = array[start:stop].astype(np.float32)
         _refuse_not_finite(path, chunk, start)
         if stop <= training:
@@ -96,7 +93,6 @@ def open_array(
     shared = {
         "mean": (total / (training - far.sum())).astype(np.float32),
         "median_norm": median_norm,
-        "identity": digest.hexdigest(),
     }
     return (
         ActivationArray(array[:training], left_out=np.flatnonzero(far), **shared),

@@ -116,12 +116,6 @@ class ActivationStore:
     def median_norm(self) -> float:
         return self.manifest.median_norm
 
-    @property
-    def identity(self) -> str:
-        """Equal for stores of equal content."""
-        parts = self.manifest.parts
-        return self.manifest.fingerprint + (f"-{parts}" if parts > 1 else "")
-
     def rows(self, ids: Int64[np.ndarray, " T"]) -> Float32[np.ndarray, "T D"]:
         """The rows with these ids, in 0 ... n - 1."""
         if ids.size and not 0 <= ids.min() <= ids.max() < self.n:

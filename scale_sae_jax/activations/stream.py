@@ -54,11 +54,6 @@ class ActivationStream:
         self.median_norm, self.mean, self._calls = self._statistics()
         self.d, self.n = len(self.mean), config.batch_size * config.steps
 
-    @property
-    def identity(self) -> str:
-        """What the activations come from."""
-        return self._lm.sha256
-
     def documents(self) -> UInt64[np.ndarray, " H"]:
         """Sorted hashes of all documents that may be trained on."""
         hashes = (document_hash(d.text) for d in training_documents(self._config.text))

@@ -26,7 +26,6 @@ Poisson deviations over the mean; what is beyond is left out (a root with its ch
 `dropped` counts it: nothing, in the first 262,144 samples of the benchmark's settings.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -91,8 +90,8 @@ class Drawn(NamedTuple):
 class SyntheticActivations:
     """Samples first_id ... first_id + n - 1 of a world; reads as `ActivationArray` does.
 
-    mean [D] and median_norm are estimated on training samples, in the held-out part too. identity
-    is a hash of the settings. A row is the same, bit for bit, whatever it is read with.
+    mean [D] and median_norm are estimated on training samples, in the held-out part too. A
+    row is the same, bit for bit, whatever it is read with.
     """
 
     world: World
@@ -101,7 +100,6 @@ class SyntheticActivations:
     n: int
     mean: Float32[np.ndarray, " D"]
     median_norm: float
-    identity: str
 
     @property
     def features(self) -> Float32[Array, "F D"]:
@@ -146,7 +144,6 @@ def open_synthetic(config: SyntheticConfig) -> tuple[SyntheticActivations, Synth
     shared = {
         "world": make_world(config),
         "layout": make_layout(config),
-        "identity": hashlib.sha256(repr(config).encode()).hexdigest(),
     }
     blank = {"mean": np.zeros(config.d, np.float32), "median_norm": 0.0}
     training = SyntheticActivations(first_id=0, n=config.samples, **shared, **blank)

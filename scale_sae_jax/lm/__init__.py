@@ -1,6 +1,5 @@
 """Language models in Flax: GPT-2 and the Llama family, run to a layer and on from a layer."""
 
-from scale_sae_jax.lm.decoder import param_specs
 from scale_sae_jax.lm.load import (
     LanguageModel,
     ModelSummary,
@@ -15,5 +14,4 @@ __all__ = [
     "inspect_language_model",
     "load_language_model",
     "load_tokenizer",
-    "param_specs",
 ]

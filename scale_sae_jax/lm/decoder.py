@@ -1,4 +1,4 @@
-"""What every decoder-only model shares: stacked blocks, run in part, and how they are sharded.
+"""What every decoder-only model shares: stacked blocks, run in part.
 
 The parameters of all blocks are stacked, [L, ...] each, and `lax.scan` runs over block indices:
 only the blocks asked for are computed, and compile time does not grow with depth. On SmolLM2 (2 CPU
@@ -11,7 +11,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 _normal = nn.initializers.normal(0.02)
@@ -59,16 +58,15 @@ class Decoder(nn.Module):
 
         return jax.vmap(init)(jax.random.split(key, self.config.layers))
 
-    def _scan(self, hidden: Array, segments: Array, first: int, stop: int) -> tuple[Array, Array]:
-        """Blocks first ... stop - 1: the last output [B, S, D] and all of them [., B, S, D]."""
+    def _scan(self, hidden: Array, segments: Array, first: int, stop: int) -> Array:
+        """The output [B, S, D] of block stop - 1, from the input of block `first`."""
         block, blocks = self.block(), self.blocks
 
-        def step(hidden: Array, index: Array) -> tuple[Array, Array]:
+        def step(hidden: Array, index: Array) -> tuple[Array, None]:
             params = jax.tree.map(lambda stacked: stacked[index], blocks)
-            hidden = block.apply({"params": params}, hidden, segments)
-            return hidden, hidden
+            return block.apply({"params": params}, hidden, segments), None
 
-        return jax.lax.scan(step, hidden, jnp.arange(first, stop))
+        return jax.lax.scan(step, hidden, jnp.arange(first, stop))[0]
 
     def unembed(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Final norm and logits, float32."""
@@ -94,46 +92,17 @@ class Decoder(nn.Module):
         self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"], layer: int
     ) -> Float[Array, "B S D"]:
         """The output of block `layer`."""
-        return self._scan(self.embed(tokens, segments), segments, 0, layer + 1)[0]
+        return self._scan(self.embed(tokens, segments), segments, 0, layer + 1)
 
     def run_from(
         self, hidden: Float[Array, "B S D"], segments: Int[Array, "B S"], layer: int
     ) -> Float[Array, "B S V"]:
         """Logits, float32, if `hidden` is the output of block `layer`."""
         hidden = hidden.astype(self.dtype)
-        return self.unembed(self._scan(hidden, segments, layer + 1, self.config.layers)[0])
-
-    def hidden_states(
-        self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"]
-    ) -> Float[Array, "L1 B S D"]:
-        """L + 1 levels: the embeddings, then the output of every block."""
-        embedded = self.embed(tokens, segments)
-        outputs = self._scan(embedded, segments, 0, self.config.layers)[1]
-        return jnp.concatenate([embedded[None], outputs])
+        return self.unembed(self._scan(hidden, segments, layer + 1, self.config.layers))
 
     def __call__(
         self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"]
     ) -> Float[Array, "B S V"]:
         """Logits, float32."""
         return self.run_from(self.embed(tokens, segments), segments, -1)
-
-
-def param_specs(params: PyTree) -> PyTree:
-    """A PartitionSpec for each parameter of a model, over a mesh axis 'model'.
-
-    Maps into heads and into the feed-forward layer are split by column, maps out of them by row,
-    embeddings along the model width; all else is replicated. Activations are split along their
-    batch axis, 'data'. The axis size must divide the widths it splits.
-    """
-
-    def spec(path: Any, leaf: Any) -> PartitionSpec:
-        *_, owner, name = ["", *(key.key for key in path)]
-        if name == "kernel" and owner in ("o", "down"):
-            split = leaf.ndim - 2
-        elif name in ("embedding", "unembedding") or owner in ("qkv", "q", "k", "v", "gate", "up"):
-            split = leaf.ndim - 1
-        else:
-            return PartitionSpec()
-        return PartitionSpec(*("model" if axis == split else None for axis in range(leaf.ndim)))
-
-    return jax.tree_util.tree_map_with_path(spec, params)

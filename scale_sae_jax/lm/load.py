@@ -89,12 +89,6 @@ class LanguageModel:
         _check_layer(layer, self.layers)
         return self._apply("run_from", params, hidden, segments, layer)
 
-    def hidden_states(
-        self, params: PyTree, tokens: TokenIds, segments: TokenIds
-    ) -> Float[Array, "L1 B S D"]:
-        """L + 1 levels: the embeddings, then each block's output; without the final norm."""
-        return self._apply("hidden_states", params, tokens, segments)
-
     def logits(
         self, params: PyTree, tokens: TokenIds, segments: TokenIds
     ) -> Float[Array, "B S V"]:
