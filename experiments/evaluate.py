@@ -5,8 +5,9 @@
     python -m experiments.evaluate --workdir=runs/quickstart --config=configs/biomedical.py
 
 Settings start from the run's config.json. A config file takes the place of its text and eval
-sections; no other setting can be changed. Writes evals/TEXT.json into the folder of the run, and
-eval.json for the text of the run itself.
+sections; no other setting can be changed. Writes a file into evals/ in the folder of the run, and
+eval.json if text, eval settings and checkpoint are the run's own. The name of the file says what is
+other: evals/TEXT-DIGEST-step-N-eval-DIGEST.json.
 """
 
 import dataclasses
@@ -29,7 +30,14 @@ from scale_sae_jax.config import (
     to_config_dict,
 )
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.run import check_sources, evaluate_run, open_sources, read_heldout
+from scale_sae_jax.run import (
+    check_sources,
+    find_step,
+    measure_run,
+    open_sources,
+    read_heldout,
+    write_evaluation,
+)
 from scale_sae_jax.workdir import read_config
 
 FLAGS = flags.FLAGS
@@ -91,16 +99,19 @@ def main() -> None:
     text = text_asked_for(asked.text, trained.text)
     config = dataclasses.replace(trained, eval=asked.eval)
     check_sources(dataclasses.replace(config, text=text))
-    step = int(FLAGS.step) if FLAGS.step.isdecimal() else FLAGS.step
+    step, newest = find_step(workdir, int(FLAGS.step) if FLAGS.step.isdecimal() else FLAGS.step)
     sae, params = load(workdir, step)
     bars = Bars()
     try:
         sources = open_sources(config, workdir, Event(), bars)
         heldout = read_heldout(config, text, sources, bars)
-        results = evaluate_run(config, text, workdir, sources, heldout, sae, params, bars)
+        measured = sources, heldout, sae, params, step, bars
+        results = measure_run(config, text, workdir, *measured)
     finally:
         bars.close()
-    print(f"{table(results)}\n  run: {workdir}")
+    print(table(results), flush=True)
+    written = write_evaluation(config, text, workdir, results, last=step == newest)
+    print(f"  written: {written}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ in the library sees a `ConfigDict`.
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 import typing
 from dataclasses import dataclass, field
@@ -312,6 +314,11 @@ def from_config_dict(settings: Any) -> Config:
     config = _build(Config, plain, "config")
     check(config)
     return config
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Twelve digits that other settings do not share."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from scale_sae_jax.activations.synthetic import (
     check_synthetic,
     open_synthetic,
 )
-from scale_sae_jax.config import Config, TextConfig
+from scale_sae_jax.config import Config, TextConfig, digest
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation import pca
 from scale_sae_jax.evaluation.evaluator import EvalBatch, evaluate, json_value, with_ablations
@@ -272,7 +272,8 @@ def run(
         raise Interrupted(f"training stopped and saved at step {summary.step} of {config.steps}")
     heldout = heldout or read_heldout(config, config.text, sources, console)
     sae, params = summary.sae, precision.widen(summary.state.params)
-    return evaluate_run(config, config.text, workdir, sources, heldout, sae, params, console)
+    measured = sources, heldout, sae, params, summary.step, console
+    return evaluate_run(config, config.text, workdir, *measured)
 
 
 def evaluate_run(
@@ -283,12 +284,32 @@ def evaluate_run(
     heldout: Heldout,
     sae: Autoencoder,
     params: Params,
+    step: int,
     console: Console = Console(),
 ) -> dict[str, Any]:
-    """Measures a trained autoencoder and writes evals/TEXT.json; eval.json too on its own text.
+    """`measure_run` of the last checkpoint, then `write_evaluation`."""
+    measured = sources, heldout, sae, params, step, console
+    results = measure_run(config, text, workdir, *measured)
+    write_evaluation(config, text, workdir, results, last=True)
+    return results
+
+
+def measure_run(
+    config: Config,
+    text: TextConfig,
+    workdir: Path,
+    sources: Sources,
+    heldout: Heldout,
+    sae: Autoencoder,
+    params: Params,
+    step: int,
+    console: Console = Console(),
+) -> dict[str, Any]:
+    """What an autoencoder does on held-out activations, and what training cost up to it.
 
     Args:
       text: where `heldout` was read from.
+      step: that of `params`.
     """
     store = sources.train
     done = itertools.accumulate(int(batch.real.sum()) for batch in heldout.batches)
@@ -306,7 +327,7 @@ def evaluate_run(
         max_norm_ratio=evaluated(config.activations).max_norm_ratio,
         lm=sources.lm,
         layer=None if sources.lm is None else config.lm.layer,
-        training=_bill(workdir),
+        training=_bill(workdir, step),
         bootstrap=config.eval.bootstrap,
         seed=config.eval.seed,
         progress=progress,
@@ -318,20 +339,52 @@ def evaluate_run(
     results["fvu_pca"] = json_value(fvu_pca)
     results["eval_text"] = _name_of_data(config, text)
     results["eval_documents_skipped"] = heldout.skipped
+    results["step"] = step
     results["architecture"] = config.sae.architecture
     results["match"] = config.sae.match
     if isinstance(sources.heldout, SyntheticActivations):
         truth = measure_ground_truth(sae, params, sources.heldout, config.eval.tokens)
         results |= {name: json_value(value) for name, value in truth.items()}
-
-    words = f"{Path(str(results['eval_text'])).stem} {text.where.replace('!=', ' not ')}"
-    name = re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-")
-    if processes.leads():
-        (workdir / "evals").mkdir(exist_ok=True)
-        folders.write_json(workdir / "evals" / f"{name}.json", results)
-        if sources.lm is None or text == config.text:
-            folders.write_json(workdir / "eval.json", results)
     return results
+
+
+def write_evaluation(
+    config: Config, text: TextConfig, workdir: Path, results: dict[str, Any], last: bool
+) -> Path:
+    """Writes evals/NAME.json, and eval.json if this is the evaluation that the run itself makes.
+
+    NAME is the text's, with a digest of its settings if it is not the run's own; another step than
+    the last one, and other settings than those in config.json, are in it too.
+
+    Args:
+      config, text, results: as of `measure_run`.
+      last: whether `results` are of the newest checkpoint.
+
+    Returns the file in evals/. Raises UserError if it cannot be written.
+    """
+    own_text = config.activations.is_array or config.synthetic.features or text == config.text
+    own_eval = config.eval == folders.read_config(workdir).eval
+    words = [Path(str(results["eval_text"])).stem, text.where.replace("!=", " not ")]
+    words += [] if own_text else [digest(dataclasses.asdict(text))]
+    words += [] if last else [f"step {results['step']}"]
+    words += [] if own_eval else [f"eval {digest(dataclasses.asdict(config.eval))}"]
+    name = re.sub(r"[^A-Za-z0-9]+", "-", " ".join(words)).strip("-")
+    path = workdir / "evals" / f"{name}.json"
+
+    def write() -> None:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            folders.write_json(path, results)
+            if own_text and own_eval and last:
+                folders.write_json(workdir / "eval.json", results)
+        except OSError as error:
+            raise UserError(
+                f"the evaluation cannot be written to {path}: {error.strerror}; make room or the "
+                "folder writable, then evaluate again"
+            ) from None
+
+    processes.lead_alone(write)
+    return path
 
 
 def load(
@@ -349,21 +402,37 @@ def load(
     """
     workdir = Path(path)
     config = folders.read_config(workdir)
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir} has no checkpoints yet: train it to its first one")
-    with Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
-        named = {"latest": checkpoints.latest, "best": checkpoints.best}
-        number = named.get(step, step) if isinstance(step, str) else step
-        if number is None:
-            raise UserError(f"{workdir} has no complete checkpoint: train it to its first one")
-        if number not in checkpoints.steps:
-            have = ", ".join(map(str, checkpoints.steps))
-            raise UserError(f"{workdir} has no checkpoint {step}: there are {have}, latest, best")
+    with _checkpoints(workdir, config) as checkpoints:
+        number = _step_of(checkpoints, workdir, step)
         width = checkpoints.width(number)
         sae = build(sized(config, workdir, width).sae, width)
         tx = optimiser(config.optim, sae.latents, config.steps, sae.config.decoder_norm)
         restored = checkpoints.restore(number, state.abstract(sae, tx, config.optim, mesh))
     return on_mesh(sae, mesh) if mesh else sae, precision.widen(restored.params)
+
+
+def find_step(path: str | Path, step: int | str = "latest") -> tuple[int, int]:
+    """The checkpoint that `load` takes, and the newest one. Raises UserError as it does."""
+    workdir = Path(path)
+    with _checkpoints(workdir, folders.read_config(workdir)) as checkpoints:
+        return (_step_of(checkpoints, workdir, step), _step_of(checkpoints, workdir, "latest"))
+
+
+def _checkpoints(workdir: Path, config: Config) -> Checkpoints:
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} has no checkpoints yet: train it to its first one")
+    return Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+
+
+def _step_of(checkpoints: Checkpoints, workdir: Path, step: int | str) -> int:
+    named = {"latest": checkpoints.latest, "best": checkpoints.best}
+    number = named.get(step, step) if isinstance(step, str) else step
+    if number is None:
+        raise UserError(f"{workdir} has no complete checkpoint: train it to its first one")
+    if number not in checkpoints.steps:
+        have = ", ".join(map(str, checkpoints.steps))
+        raise UserError(f"{workdir} has no checkpoint {step}: there are {have}, latest, best")
+    return number
 
 
 def sized(config: Config, workdir: Path, width: int) -> Config:
@@ -404,12 +473,14 @@ def resolved(config: Config) -> Config:
     return dataclasses.replace(config, activations=activations)
 
 
-def _bill(workdir: Path) -> dict[str, float | int | None]:
-    """What training cost, from its last record."""
+def _bill(workdir: Path, step: int) -> dict[str, float | int | None]:
+    """What training up to `step` cost; between two records, by their line."""
     lines = metrics.read_lines(workdir / "metrics.jsonl")
     if not lines:
         return {}
-    tokens, seconds = lines[-1]["tokens"], lines[-1]["seconds"]
+    steps, tokens, seconds = ([line[n] for line in lines] for n in ("step", "tokens", "seconds"))
+    tokens, seconds = round(np.interp(step, steps, tokens)), float(np.interp(step, steps, seconds))
+    lines = [line for line in lines if line["step"] <= step] or lines[:1]
     return {
         "tokens_seen": tokens,
         "train_seconds": seconds,

@@ -8,7 +8,6 @@ the same activations share one store, and inside a process one model and one hel
 """
 
 import dataclasses
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -28,7 +27,7 @@ import pyarrow.parquet
 from ml_collections import ConfigDict
 
 from scale_sae_jax import workdir as folders
-from scale_sae_jax.config import Config, TextConfig, flatten, from_config_dict
+from scale_sae_jax.config import Config, TextConfig, digest, flatten, from_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation.flops import forward_flops
 from scale_sae_jax.parallel import processes
@@ -214,11 +213,6 @@ def _source_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def digest(settings: dict[str, Any]) -> str:
-    """Twelve digits that other settings do not share."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def training_flops(config: Config, width: int) -> float:
     """Floating-point operations of a run's training: three forward passes a token, by `flops.py`.
 
@@ -301,7 +295,7 @@ def run_cell(
         results = run(config, folder, stop, console, sources, heldout(config.text))
         for name, text in here.texts.items():
             sae, params = load(folder)
-            parts = sources, heldout(text), sae, params, console
+            parts = sources, heldout(text), sae, params, config.steps, console
             other = evaluate_run(config, text, folder, *parts)
             results |= {f"{name}_{key}": other[key] for key in OTHER_TEXT}
     except Interrupted:

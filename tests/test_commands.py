@@ -127,16 +127,18 @@ def test_evaluate_repeats_the_result_and_takes_other_texts(trained, data):
     call("evaluate", "--workdir", str(workdir), "--step=best")
     assert results(workdir) == before
     call("evaluate", f"--workdir={workdir}", f"--config.text.path={data}/other.jsonl")
-    assert results(workdir) == before
-    other = json.loads((workdir / "evals" / "other.json").read_text())
+    assert results(workdir) == before and before["step"] == 30
+    (path,) = (workdir / "evals").glob("other-*.json")
+    other = json.loads(path.read_text())
     assert set(other) >= KEYS and other["eval_text"] == f"{data}/other.jsonl"
     assert other["fvu"] != before["fvu"] and other["tokens_seen"] == before["tokens_seen"]
     text = {"text.path": data / "docs.jsonl", "text.where": "", "text.context": 16}
     call("evaluate", *flags(workdir, "biomedical.py", **{"eval.tokens": 64, **text}))
     assert results(workdir) == before and read_config(workdir).eval.tokens == 512
-    docs = json.loads((workdir / "evals" / "docs.json").read_text())
+    assert json.loads((workdir / "evals" / "docs.json").read_text()) == before
+    (path,) = (workdir / "evals").glob("docs-*-eval-*.json")
+    docs = json.loads(path.read_text())
     assert docs["eval_tokens"] <= 64 and docs["eval_text"] == before["eval_text"]
-    assert {path.stem for path in (workdir / "evals").iterdir()} == {"docs", "other"}
 
 
 # From an array, stopped and killed

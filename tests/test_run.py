@@ -13,6 +13,7 @@ from small_model import write_model
 import scale_sae_jax
 from experiments import console
 from scale_sae_jax import run as runs
+from scale_sae_jax import workdir
 from scale_sae_jax.activations.masks import largest_evaluated
 from scale_sae_jax.config import (
     ActivationsConfig,
@@ -107,6 +108,55 @@ def test_evaluation_leaves_out_what_training_may_have_kept(tmp_path):
     assert not scored(everything)[:, 0].any() and scored(everything)[:, 1].any()
     assert largest_evaluated(2.0, everything) == largest_evaluated(2.0, ActivationsConfig()) == 20
     assert largest_evaluated(2.0, ActivationsConfig(max_norm_ratio=5.0)) == 10
+
+
+def test_an_evaluation_of_its_own_kind_has_its_own_file_and_bill(tmp_path):
+    config = dataclasses.replace(CONFIG, checkpoint_every=150, keep_checkpoints=2)
+    official = run(config, tmp_path, Event())
+    lines = {line["step"]: line for line in read_lines(tmp_path / "metrics.jsonl")}
+    sources = runs.open_sources(config, tmp_path, Event(), runs.Console())
+
+    def evaluated(step, **settings):
+        number, newest = runs.find_step(tmp_path, step)
+        assert newest == 300
+        asked = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **settings))
+        heldout = runs.read_heldout(asked, asked.text, sources)
+        measured = sources, heldout, *scale_sae_jax.load(tmp_path, number), number
+        results = runs.measure_run(asked, asked.text, tmp_path, *measured)
+        path = runs.write_evaluation(asked, asked.text, tmp_path, results, number == newest)
+        assert json.loads(path.read_text()) == results
+        return path.name, results
+
+    assert evaluated("latest") == ("synthetic-40.json", official)
+    name, early = evaluated(150)
+    assert name == "synthetic-40-step-150.json" and (early["step"], official["step"]) == (150, 300)
+    assert early["tokens_seen"] == 150 * 128 and early["fvu"] != official["fvu"]
+    between = (lines[100]["seconds"] + lines[200]["seconds"]) / 2
+    assert early["train_seconds"] == pytest.approx(between)
+    name, short = evaluated("latest", tokens=100)
+    assert name.startswith("synthetic-40-eval-") and short["tokens_seen"] == 300 * 128
+    assert json.loads((tmp_path / "eval.json").read_text()) == official
+
+
+def test_texts_of_one_stem_have_a_file_each(tmp_path):
+    config = on_text(tmp_path)
+    workdir.claim(config, tmp_path)
+
+    def path(text):
+        results = {"eval_text": text.path, "step": 1}
+        return runs.write_evaluation(config, text, tmp_path, results, last=True).name
+
+    own, *others = (path(TextConfig(path=p)) for p in (config.text.path, "a/one.txt", "b/one.txt"))
+    assert own == "one.json" and len({own, *others}) == 3
+    assert all(name.startswith("one-") for name in others)
+
+
+def test_an_evaluation_that_cannot_be_written_is_told(tmp_path):
+    workdir.claim(CONFIG, tmp_path)
+    (tmp_path / "evals").write_text("")
+    with pytest.raises(UserError, match="cannot be written to .*synthetic-40.json: File exists"):
+        results = {"eval_text": "synthetic-40", "step": 1}
+        runs.write_evaluation(CONFIG, CONFIG.text, tmp_path, results, last=True)
 
 
 def test_match_by_time_is_measured_once_and_kept(tmp_path, monkeypatch):
