@@ -476,6 +476,7 @@ def resolved(config: Config) -> Config:
 def _bill(workdir: Path, step: int) -> dict[str, float | int | None]:
     """What training up to `step` cost; between two records, by their line."""
     lines = metrics.read_lines(workdir / "metrics.jsonl")
+    lines = [line for line in lines if {"tokens", "seconds"} <= line.keys()]
     if not lines:
         return {}
     steps, tokens, seconds = ([line[n] for line in lines] for n in ("step", "tokens", "seconds"))

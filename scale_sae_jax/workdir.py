@@ -31,8 +31,9 @@ def claim(config: Config, workdir: Path) -> list[str]:
     """
     path = workdir / "config.json"
     remarks = []
-    if path.exists() and any((workdir / name).exists() for name in BEGUN):
-        old, new = (flatten(dataclasses.asdict(c)) for c in (read_config(workdir), config))
+    recorded = read_config(workdir) if path.exists() else None
+    if recorded and any((workdir / name).exists() for name in BEGUN):
+        old, new = (flatten(dataclasses.asdict(c)) for c in (recorded, config))
         done = _steps_done(workdir)
         if config.steps < done:
             raise UserError(
@@ -75,7 +76,15 @@ def _steps_done(workdir: Path) -> int:
 
 def read_config(workdir: Path) -> Config:
     """The settings of a run. Raises UserError if the folder holds none."""
-    return from_config_dict(read_json(workdir / "config.json", "a run: train one first"))
+    path = workdir / "config.json"
+    values = read_json(path, "a run: train one first")
+    try:
+        return from_config_dict(values)
+    except UserError as error:
+        raise UserError(
+            f"{path} does not hold the settings of a run of this version ({error}): choose another "
+            "folder, or the version that wrote it"
+        ) from None
 
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:

@@ -191,6 +191,14 @@ def test_a_damaged_config_is_refused(tmp_path, content, part):
     assert (tmp_path / "config.json").read_bytes() == content
 
 
+def test_a_config_that_is_no_runs_is_not_overwritten(tmp_path):
+    path = tmp_path / "config.json"
+    for content in ('{"model_type": "gpt2", "n_layer": 12}', "notes"):
+        path.write_text(content)
+        assert str(path) in refusal(lambda: folders.claim(CONFIG, tmp_path))
+        assert path.read_text() == content
+
+
 # metrics.jsonl
 
 
@@ -206,10 +214,11 @@ def test_keep_until_drops_later_and_damaged_lines(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [b"5", b"{}", b'{"step": "1"}', b"[" * 100_000, b"\xff"])
-def test_a_line_that_is_no_record_ends_the_records(tmp_path, bad):
+def test_a_line_that_is_no_record_is_left_out(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 2}\n')
-    assert metrics.keep_until(path, 3) == [{"step": 1}] == metrics.read_lines(path)
+    kept = [{"step": 1}, {"step": 2}]
+    assert metrics.keep_until(path, 3) == kept == metrics.read_lines(path)
 
 
 def test_the_line_of_a_stop_is_kept_until_it_has_served(tmp_path):

@@ -12,18 +12,17 @@ STOP = "stop"  # marks a line that was written only because training stopped the
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a last line cut short by a kill is left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_bytes().splitlines():
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(line, dict) or type(line.get("step")) is not int:
-                break
-            lines.append(line)
-    return lines
+    """The complete lines of a metrics file; one that is cut short, by a kill say, is left out."""
+    texts = path.read_bytes().splitlines() if path.exists() else []
+    return [line for line in map(_read_line, texts) if line is not None]
+
+
+def _read_line(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
