@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "datasets>=4.0",
+        "filelock>=3.15",
         "flax>=0.12",
         "huggingface_hub>=1.0",
         "jax>=0.10",

@@ -1,5 +1,6 @@
 """A whole run, one street: check, harvest, train, evaluate. Commands and scripts call these."""
 
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -11,6 +12,7 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from jax.sharding import Mesh
 
 from scale_sae_jax import workdir as folders
@@ -165,6 +167,19 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
         if processes.any_of(stop.is_set()):
             raise Interrupted(f"harvest stopped at {done} of {total} activations")
 
+    with _held(lambda: folders.lock(path.with_name(f"{path.name}.lock"), console.note)):
+        return Sources(_harvested(config, workdir, lm, path, progress, console), None, lm)
+
+
+def _harvested(
+    config: Config,
+    workdir: Path,
+    lm: LanguageModel,
+    path: Path,
+    progress: Callable[[int, int], None],
+    console: Console,
+) -> ActivationStore:
+    """The store at `path`, complete and compared with its checksums; see `open_sources`."""
     unread = is_complete(path) and not (workdir / "checkpoints").exists()
     harvest(lm, config.text, resolved(config).activations, config.lm, path, progress)
     store = open_store(path)
@@ -172,7 +187,18 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
         processes.lead_alone(lambda: verify(store, partial(console.progress, "checksums")))
     if store.manifest.note:
         console.note(store.manifest.note)
-    return Sources(store, None, lm)
+    return store
+
+
+@contextlib.contextmanager
+def _held(lock: Callable[[], FileLock]) -> Iterator[None]:
+    """Holds a lock, in the leading process, for all of this program."""
+    held = processes.lead_alone(lock)
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.release()
 
 
 def heldout_text(
@@ -263,6 +289,19 @@ def run(
     check_run(config)
     for remark in processes.lead_alone(lambda: folders.claim(config, workdir)) or []:
         console.note(remark)
+    with _held(lambda: folders.lock(workdir / "run.lock")):
+        return _run(config, workdir, stop, console, sources, heldout)
+
+
+def _run(
+    config: Config,
+    workdir: Path,
+    stop: Event,
+    console: Console,
+    sources: Sources | None,
+    heldout: Heldout | None,
+) -> dict[str, Any]:
+    """`run`, in a folder that is this run's."""
     sources = sources or open_sources(config, workdir, stop, console)
     check_rows(config, sources)
     config = sized(config, workdir, sources.train.d)

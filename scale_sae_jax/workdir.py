@@ -1,13 +1,17 @@
 """The folder of a run: its settings, and what may change when it is resumed.
 
     config.json  metrics.jsonl  tensorboard/  checkpoints/  activations/  eval.json  evals/
+    run.lock  activations.lock      while a program works there; a file may stay, and holds nobody
 """
 
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from scale_sae_jax.config import Config, flatten, from_config_dict
 from scale_sae_jax.errors import UserError
@@ -66,6 +70,30 @@ def claim(config: Config, workdir: Path) -> list[str]:
             f"cannot write to {workdir}: {error.strerror}; choose another --workdir"
         ) from None
     return remarks
+
+
+def lock(path: Path, wait: Callable[[str], None] | None = None) -> FileLock:
+    """Keeps other programs from what the file stands for, until it is released or this one dies.
+
+    Where the file system has no locks, nobody is kept out.
+
+    Args:
+      wait: told that another holds it, before waiting; without it UserError is raised.
+    """
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        if wait is None:
+            raise UserError(
+                f"another process works in {path.parent}: wait for its end, or choose another "
+                "folder"
+            ) from None
+        wait(f"waiting for another process, which holds {path}")
+        held.acquire()
+    except (OSError, NotImplementedError):
+        pass
+    return held
 
 
 def _steps_done(workdir: Path) -> int:

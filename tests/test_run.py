@@ -159,6 +159,33 @@ def test_an_evaluation_that_cannot_be_written_is_told(tmp_path):
         runs.write_evaluation(CONFIG, CONFIG.text, tmp_path, results, last=True)
 
 
+def test_a_second_program_in_the_folder_of_a_run_is_refused(tmp_path):
+    held = workdir.lock(tmp_path / "run.lock")
+    with pytest.raises(UserError, match=f"another process works in {tmp_path}"):
+        run(CONFIG, tmp_path, Event())
+    assert not (tmp_path / "metrics.jsonl").exists()
+    held.release()
+    run(dataclasses.replace(CONFIG, steps=2), tmp_path, Event())
+    workdir.lock(tmp_path / "run.lock").release()
+
+
+def test_a_second_program_waits_for_the_store(tmp_path):
+    held, told = workdir.lock(tmp_path / "store.lock"), []
+
+    def wait(note):
+        told.append(note)
+        held.release()
+
+    workdir.lock(tmp_path / "store.lock", wait).release()
+    assert told == [f"waiting for another process, which holds {tmp_path / 'store.lock'}"]
+
+
+def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path):
+    workdir.lock(tmp_path / "absent" / "run.lock").release()
+    (tmp_path / "file").write_text("")
+    workdir.lock(tmp_path / "file" / "run.lock").release()
+
+
 def test_match_by_time_is_measured_once_and_kept(tmp_path, monkeypatch):
     measured = []
 
