@@ -139,7 +139,17 @@ def finite(tensors: Tensors, target: str) -> dict[str, np.ndarray]:
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
     """A .safetensors file, readable to whom files here are; `save_file` makes it the owner's."""
-    path.write_bytes(save(dict(tensors)))
+    _write(path, save(dict(tensors)))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Raises UserError if the disk is full or cannot be written to."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; make room, or name another folder"
+        ) from None
 
 
 def read_object(path: Path, kind: str) -> dict[str, Any]:
@@ -193,4 +203,4 @@ def inside(root: Path, name: str, what: str) -> Path:
 
 
 def write_object(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    _write(path, (json.dumps(values, indent=2) + "\n").encode())
