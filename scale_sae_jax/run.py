@@ -104,6 +104,8 @@ def check_run(config: Config) -> None:
     """`check_sources`, and what the architecture, the devices or the text to hold out forbid."""
     _refuse_unread(config)
     check_sources(config)
+    if config.wandb:
+        processes.lead_alone(metrics.import_wandb)
     mesh_of_run(config, _experts(config))
     if config.synthetic.features or config.activations.is_array:
         return

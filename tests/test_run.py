@@ -3,7 +3,9 @@
 import dataclasses
 import json
 from pydoc_data.topics import topics
+import sys
 from threading import Event
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,8 @@ from scale_sae_jax.lm import load_language_model
 from scale_sae_jax.run import run
 from scale_sae_jax.sae.presets import preset
 from scale_sae_jax.text.sources import Document
+from scale_sae_jax.training import metrics
+from scale_sae_jax.training.checkpoints import Checkpoints
 from scale_sae_jax.training.metrics import read_lines
 
 SMALL = SyntheticConfig(
@@ -184,6 +188,28 @@ def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path):
     workdir.lock(tmp_path / "absent" / "run.lock").release()
     (tmp_path / "file").write_text("")
     workdir.lock(tmp_path / "file" / "run.lock").release()
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(tmp_path, monkeypatch):
+    begun, one = [], SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    fake = SimpleNamespace(init=lambda **settings: begun.append(settings) or one)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        metrics.MetricsWriter(tmp_path, 0, {}).__exit__()
+    assert begun[0] == begun[1] and begun[0]["id"] and begun[0]["resume"] == "allow"
+
+
+def test_wandb_that_is_not_installed_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        run(dataclasses.replace(CONFIG, wandb=True), tmp_path / "run", Event())
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints cannot be written: File exists"):
+        Checkpoints(tmp_path / "checkpoints")
 
 
 def test_match_by_time_is_measured_once_and_kept(tmp_path, monkeypatch):

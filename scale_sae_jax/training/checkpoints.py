@@ -19,13 +19,20 @@ policies = ocp.training.preservation_policies
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: leaving it waits for pending writes.
 
-    Raises UserError if what was measured at a step cannot be read.
+    Raises UserError if the folder cannot be made, or what was measured at a step not be read.
     """
 
     def __init__(self, folder: Path, keep: int = 1):
         best = policies.BestN(get_metric_fn=lambda metrics: metrics["fvu"], reverse=True, n=1)
         keep_policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         self._folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written: {error.strerror}; move what is there, make room, or "
+                "choose another --workdir"
+            ) from None
         try:  # reads what was measured at each step
             self._orbax = ocp.training.Checkpointer(
                 folder.resolve(), preservation_policy=keep_policy

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard, and Weights & Biases if asked."""
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,19 @@ class MetricsWriter:
             self._wandb.log(record, step=record["step"])
 
 
-def _start_wandb(workdir: Path, settings: dict):
+def import_wandb() -> Any:
+    """The module. Raises UserError if it is not installed."""
     try:
         import wandb
     except ImportError:
         raise UserError("config.wandb needs Weights & Biases: pip install wandb") from None
-    return wandb.init(dir=str(workdir), name=workdir.name, config=settings, resume="allow")
+    return wandb
+
+
+def _start_wandb(workdir: Path, settings: dict):
+    """The run there, the same one whenever this folder's run goes on: its id is in wandb_id.txt."""
+    path = workdir / "wandb_id.txt"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    known = {"id": path.read_text().strip(), "name": workdir.name, "config": settings}
+    return import_wandb().init(dir=str(workdir), resume="allow", **known)
