@@ -384,5 +384,10 @@ def _column(values: list[Any]) -> pa.Array:
 
 def _replace(path: Path, write: Callable[[str], object]) -> None:
     partial = path.with_name(path.name + ".partial")
-    write(str(partial))
-    os.replace(partial, path)
+    try:
+        write(str(partial))
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}; make room, then start again"
+        ) from None

@@ -303,3 +303,9 @@ def test_counts_that_do_not_fit_the_shards_are_refused(tmp_path):
     change_manifest(tmp_path, counts=counts)
     with pytest.raises(UserError, match="make no sense"):
         store.open_store(tmp_path)
+
+
+def test_a_store_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / ".mean.npy.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="mean.npy cannot be written: .*; make room"):
+        store.write_array(tmp_path / "mean.npy", np.zeros(4, np.float32))

@@ -659,3 +659,8 @@ def test_mistakes_are_told_in_one_line(data, tmp_path):  # noqa: F811
         *(tmp_path / "table.md").read_text().splitlines(), "0",
     ]
     assert printed.count("2") == len(cases) and not (tmp_path / "new").exists()
+
+
+def test_results_that_cannot_be_written_are_told(tmp_path):
+    with pytest.raises(UserError, match="results.csv cannot be written"):
+        sweep.write_results([], tmp_path / "absent", COMMAND)
