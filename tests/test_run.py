@@ -212,6 +212,16 @@ def test_checkpoints_that_is_a_file_is_told(tmp_path):
         Checkpoints(tmp_path / "checkpoints")
 
 
+def test_a_disk_that_fills_up_under_a_checkpoint_is_told(tmp_path):
+    def fail():
+        raise ValueError("RESOURCE_EXHAUSTED: write failed")
+
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints._pending = SimpleNamespace(result=fail)
+        with pytest.raises(UserError, match="cannot be written to .*: No space left on device"):
+            checkpoints.latest
+
+
 def test_match_by_time_is_measured_once_and_kept(tmp_path, monkeypatch):
     measured = []
 

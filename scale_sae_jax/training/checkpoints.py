@@ -48,13 +48,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self._orbax.close()
+        with _writable(self._folder):
+            self._orbax.close()
 
     @property
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None. Waits for a pending write."""
         if self._pending is not None:
-            self._pending.result()
+            with _writable(self._folder):
+                self._pending.result()
         newest = self._orbax.latest
         return None if newest is None else newest.step
 
@@ -75,9 +77,11 @@ class Checkpoints:
         Of several autoencoders in one state, the mean FVU ranks it.
         """
         if self._pending is not None:
-            self._pending.result()
+            with _writable(self._folder):
+                self._pending.result()
         step, fvu = int(state.step), float(np.nanmean(state.fvu))
-        self._pending = self._orbax.save_async(step, state, force=True, metrics={"fvu": fvu})
+        with _writable(self._folder):
+            self._pending = self._orbax.save_async(step, state, force=True, metrics={"fvu": fvu})
 
     def restore(self, step: int, target: TrainState) -> TrainState:
         """The state at `step`, laid out as the abstract `target`. Raises UserError if damaged."""
@@ -88,6 +92,22 @@ class Checkpoints:
         """D of the stored autoencoder, from the shape of b_dec. Raises UserError if damaged."""
         with _readable(self._folder / str(step)):
             return self._orbax.metadata(step).metadata["params"]["b_dec"].shape[0]
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """What Orbax raises where a checkpoint cannot be written, as UserError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        full = "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
+        if isinstance(error, ValueError) and not full:
+            raise
+        reason = "No space left on device" if full else str(error)[:200]
+        raise UserError(
+            f"a checkpoint cannot be written to {folder}: {reason}; make room, then the same "
+            "command goes on from the one before"
+        ) from error
 
 
 @contextlib.contextmanager
