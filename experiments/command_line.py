@@ -1,5 +1,6 @@
 """What all commands share: one-line errors, and settings from a file and flags."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from scale_sae_jax.config import Config, to_config_dict
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UnwrittenError, UserError
 from scale_sae_jax.parallel import processes
 
 FLAGS = flags.FLAGS
@@ -62,6 +63,10 @@ def start(
                 _join_and_run(main)
             else:
                 main()
+        except UnwrittenError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(2)  # a regular end would wait for the threads that write
         except UserError as error:
             fail(str(error))
 

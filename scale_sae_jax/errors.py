@@ -10,3 +10,7 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+class UnwrittenError(UserError):
+    """A checkpoint was not written; threads of Orbax may wait for minutes for what never comes."""

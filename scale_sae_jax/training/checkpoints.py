@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UnwrittenError, UserError
 from scale_sae_jax.training.state import TrainState
 
 policies = ocp.training.preservation_policies
@@ -104,7 +104,7 @@ def _writable(folder: Path) -> Iterator[None]:
         if isinstance(error, ValueError) and not full:
             raise
         reason = "No space left on device" if full else str(error)[:200]
-        raise UserError(
+        raise UnwrittenError(
             f"a checkpoint cannot be written to {folder}: {reason}; make room, then the same "
             "command goes on from the one before"
         ) from error
