@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-from pydoc_data.topics import topics
 import sys
+from pydoc_data.topics import topics
 from threading import Event
 from types import SimpleNamespace
 
