@@ -9,6 +9,7 @@ an outlying norm) have no codes here and are never edited.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -152,7 +153,11 @@ class Attached:
         Raises UserError for an id that is no latent, and for a text that is empty or too long.
         """
         row, length = self._row(text)
-        steer = dict(steer or {})
+        steer = steer or {}
+        if not isinstance(ablate, Collection) or not isinstance(steer, Mapping):
+            raise UserError("ablate takes a list of latents, steer a dict of latent: multiple")
+        if not all(map(math.isfinite, steer.values())):
+            raise UserError(f"steer = {steer}: multiples must be finite")
         if not (splice or ablate or steer):
             logits = self._clean(self.lm.params, row.tokens, row.segments)
         else:
@@ -176,6 +181,8 @@ class Attached:
         steer: Mapping[int, float] | None = None,
     ) -> list[tuple[str, float]]:
         """The n likeliest next tokens after a text, edited as by `logits`, with probabilities."""
+        if n < 1:
+            raise UserError(f"n = {n}: ask for 1 token at least")
         logits = self.logits(text, splice=splice, ablate=ablate, steer=steer)[-1]
         probs = np.asarray(jax.nn.softmax(logits))
         best = np.argsort(-probs, kind="stable")[:n]
@@ -222,7 +229,7 @@ class Attached:
 
     def _ids(self, latents: Collection[int]) -> Int[np.ndarray, " n"]:
         for latent in latents:
-            if not 0 <= latent < self.sae.latents:
+            if not isinstance(latent, (int, np.integer)) or not 0 <= latent < self.sae.latents:
                 raise UserError(
                     f"there is no latent {latent}: ids are 0 to {self.sae.latents - 1}"
                 )

@@ -170,26 +170,14 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
             raise Interrupted(f"harvest stopped at {done} of {total} activations")
 
     with _held(lambda: folders.lock(path.with_name(f"{path.name}.lock"), console.note)):
-        return Sources(_harvested(config, workdir, lm, path, progress, console), None, lm)
-
-
-def _harvested(
-    config: Config,
-    workdir: Path,
-    lm: LanguageModel,
-    path: Path,
-    progress: Callable[[int, int], None],
-    console: Console,
-) -> ActivationStore:
-    """The store at `path`, complete and compared with its checksums; see `open_sources`."""
-    unread = is_complete(path) and not (workdir / "checkpoints").exists()
-    harvest(lm, config.text, resolved(config).activations, config.lm, path, progress)
-    store = open_store(path)
-    if unread:
-        processes.lead_alone(lambda: verify(store, partial(console.progress, "checksums")))
+        unread = is_complete(path) and not (workdir / "checkpoints").exists()
+        harvest(lm, config.text, resolved(config).activations, config.lm, path, progress)
+        store = open_store(path)
+        if unread:
+            processes.lead_alone(lambda: verify(store, partial(console.progress, "checksums")))
     if store.manifest.note:
         console.note(store.manifest.note)
-    return store
+    return Sources(store, None, lm)
 
 
 @contextlib.contextmanager

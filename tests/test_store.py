@@ -273,6 +273,8 @@ def bad_row(row, value):
         (np.ones((10, 2), ">f4"), ">f4"),
         (np.ones((10, 2), np.int32), "int32"),
         (np.ones((10, 0), np.float32), r"shape \(10, 0\)"),
+        (np.ones((10, 1), np.float32), "d at least 2"),
+        (np.zeros((20, 2), np.float32), "zeros alone in its 18 rows"),
         (np.asfortranarray(np.ones((10, 2), np.float32)), "Fortran"),
         (np.array([[{}]]), "not a plain .npy array"),
         (np.ones((3, 2), np.float32), "leaves 3 to train on and 0 to evaluate"),

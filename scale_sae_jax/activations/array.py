@@ -80,6 +80,8 @@ def open_array(
         if stop <= training:
             total += chunk.sum(axis=0, dtype=np.float64)
             norms[start:stop] = np.linalg.norm(chunk, axis=1)
+    if not norms.any():
+        raise UserError(f"{path} holds zeros alone in its {training} rows to train on")
     median_norm = float(np.median(norms))
     far = outliers(norms, median_norm, max_norm_ratio)
     if far.all():
@@ -121,10 +123,11 @@ def map_array(path: Path) -> np.ndarray:
         ) from None
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is not a plain .npy array of numbers: {error}") from None
-    if array.ndim != 2 or not array.size or array.dtype not in (np.float16, np.float32):
+    sound = array.ndim == 2 and len(array) and array.shape[1] > 1
+    if not sound or array.dtype not in (np.float16, np.float32):
         raise UserError(
             f"{path} has shape {array.shape} and dtype {array.dtype}: activations must be [n, d] "
-            "float16 or float32; reshape or convert the array"
+            "float16 or float32, d at least 2; reshape or convert the array"
         )
     if not array.flags.c_contiguous:
         raise UserError(f"{path} is in Fortran order: save numpy.ascontiguousarray of it")
