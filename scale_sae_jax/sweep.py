@@ -383,7 +383,7 @@ def _column(values: list[Any]) -> pa.Array:
 
 
 def _replace(path: Path, write: Callable[[str], object]) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may run cells too
     try:
         write(str(partial))
         os.replace(partial, path)
