@@ -169,7 +169,7 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
         if processes.any_of(stop.is_set()):
             raise Interrupted(f"harvest stopped at {done} of {total} activations")
 
-    with _held(lambda: folders.lock(path.with_name(f"{path.name}.lock"), console.note)):
+    with _held(lambda: folders.lock(path.with_name(f".{path.name}.lock"), console.note)):
         unread = is_complete(path) and not (workdir / "checkpoints").exists()
         harvest(lm, config.text, resolved(config).activations, config.lm, path, progress)
         store = open_store(path)
@@ -279,7 +279,7 @@ def run(
     check_run(config)
     for remark in processes.lead_alone(lambda: folders.claim(config, workdir)) or []:
         console.note(remark)
-    with _held(lambda: folders.lock(workdir / "run.lock")):
+    with _held(lambda: folders.lock(workdir / ".run.lock")):
         return _run(config, workdir, stop, console, sources, heldout)
 
 

@@ -1,7 +1,7 @@
 """The folder of a run: its settings, and what may change when it is resumed.
 
     config.json  metrics.jsonl  tensorboard/  checkpoints/  activations/  eval.json  evals/
-    run.lock  activations.lock      while a program works there; a file may stay, and holds nobody
+    .run.lock  .activations.lock    while a program works there; a file may stay, and holds nobody
 """
 
 import dataclasses

@@ -104,7 +104,7 @@ def test_train_fills_the_folder_of_the_run(trained, data):
     workdir, out = trained
     names = {path.name for path in workdir.iterdir()}
     folders = {"activations", "checkpoints", "tensorboard", "evals"}
-    locks = {"run.lock", "activations.lock"}
+    locks = {".run.lock", ".activations.lock"}
     assert names - locks == folders | {"config.json", "metrics.jsonl", "eval.json"}
     assert all(any((workdir / name).iterdir()) for name in folders)
     assert read_config(workdir).steps == 30

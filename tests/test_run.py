@@ -164,13 +164,13 @@ def test_an_evaluation_that_cannot_be_written_is_told(tmp_path):
 
 
 def test_a_second_program_in_the_folder_of_a_run_is_refused(tmp_path):
-    held = workdir.lock(tmp_path / "run.lock")
+    held = workdir.lock(tmp_path / ".run.lock")
     with pytest.raises(UserError, match=f"another process works in {tmp_path}"):
         run(CONFIG, tmp_path, Event())
     assert not (tmp_path / "metrics.jsonl").exists()
     held.release()
     run(dataclasses.replace(CONFIG, steps=2), tmp_path, Event())
-    workdir.lock(tmp_path / "run.lock").release()
+    workdir.lock(tmp_path / ".run.lock").release()
 
 
 def test_a_second_program_waits_for_the_store(tmp_path):
