@@ -277,8 +277,6 @@ def run(
     it can be told by then, and Interrupted when `stop` was set; the same call then resumes.
     """
     check_run(config)
-    for remark in processes.lead_alone(lambda: folders.claim(config, workdir)) or []:
-        console.note(remark)
     with _held(lambda: folders.lock(workdir / ".run.lock")):
         return _run(config, workdir, stop, console, sources, heldout)
 
@@ -291,7 +289,9 @@ def _run(
     sources: Sources | None,
     heldout: Heldout | None,
 ) -> dict[str, Any]:
-    """`run`, in a folder that is this run's."""
+    """`run`, in a folder that no other program works in."""
+    for remark in processes.lead_alone(lambda: folders.claim(config, workdir)) or []:
+        console.note(remark)
     sources = sources or open_sources(config, workdir, stop, console)
     check_rows(config, sources)
     config = sized(config, workdir, sources.train.d)

@@ -75,7 +75,8 @@ def claim(config: Config, workdir: Path) -> list[str]:
 def lock(path: Path, wait: Callable[[str], None] | None = None) -> FileLock:
     """Keeps other programs from what the file stands for, until it is released or this one dies.
 
-    Where the file system has no locks, nobody is kept out.
+    Makes the folder of the file. Where it cannot, or the file system has no locks, nobody is kept
+    out.
 
     Args:
       wait: told that another holds it, before waiting; without it UserError is raised.

@@ -167,7 +167,7 @@ def test_a_second_program_in_the_folder_of_a_run_is_refused(tmp_path):
     held = workdir.lock(tmp_path / ".run.lock")
     with pytest.raises(UserError, match=f"another process works in {tmp_path}"):
         run(CONFIG, tmp_path, Event())
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
     held.release()
     run(dataclasses.replace(CONFIG, steps=2), tmp_path, Event())
     workdir.lock(tmp_path / ".run.lock").release()
