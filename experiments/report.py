@@ -18,7 +18,7 @@ from absl import flags
 from experiments import command_line
 from experiments.table import define_where, groups_table, read_axes, read_rows
 from scale_sae_jax import load
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.report.arms import Arm, apart, arms_of, number_axes
 from scale_sae_jax.report.page import Picture, Table, html, markdown
 from scale_sae_jax.sweep import MAIN_RESULTS
@@ -114,7 +114,7 @@ def main() -> None:
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install '.[plot]'") from None
     matplotlib.rcParams["svg.hashsalt"] = "report"  # the same figure, the same file
-    try:
+    with telling(f"cannot write {output}", "choose another --output"):
         output.mkdir(parents=True, exist_ok=True)
         pictures = []
         for picture, draw in drawings(workdir, rows, axes):
@@ -130,10 +130,6 @@ def main() -> None:
         both = title, lead, pictures, tables(rows, axes)
         (output / "index.html").write_text(html(*both, output))
         (output / "report.md").write_text(markdown(*both))
-    except OSError as error:
-        raise UserError(
-            f"cannot write {output}: {error.strerror}; choose another --output"
-        ) from None
     print(f"{output}/index.html")
 
 

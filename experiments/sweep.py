@@ -34,7 +34,7 @@ from experiments import command_line
 from experiments.console import Bars
 from scale_sae_jax import sweep
 from scale_sae_jax.company import check_together, company, train_company
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.run import Console, resolved
 from scale_sae_jax.training.interrupts import Interrupted, stop_requests
@@ -222,12 +222,8 @@ def main() -> None:
             print(cell.name + ("  (finished)" if sweep.finished(cell, workdir) else ""))
         print(bill([c for c in chosen if not sweep.finished(c, workdir)], FLAGS.d))
         return
-    try:
+    with telling(f"cannot write to {workdir}", "choose another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {workdir}: {error.strerror}; choose another --workdir"
-        ) from None
     command = ["python", "-m", "experiments.sweep", f"--grid={FLAGS.grid}", f"--workdir={workdir}"]
     try:
         with stop_requests() as stop, shared_programs():

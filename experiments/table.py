@@ -17,7 +17,7 @@ import pyarrow.parquet
 from absl import flags
 
 from experiments import command_line
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.report.arms import Arm, arms_of
 from scale_sae_jax.sweep import MAIN_RESULTS
 
@@ -142,10 +142,8 @@ def main() -> None:
     workdir = Path(FLAGS.workdir)
     text = markdown(read_rows(workdir, FLAGS.where), FLAGS.by, FLAGS.columns)
     if FLAGS.output:
-        try:
+        with telling(f"cannot write {FLAGS.output}"):
             Path(FLAGS.output).write_text(text + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {FLAGS.output}: {error.strerror}") from None
     print(text)
 
 

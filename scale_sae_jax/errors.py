@@ -1,4 +1,7 @@
-"""The one exception for a user's mistake."""
+"""The one exception for a user's mistake, and what the system refuses as one."""
+
+import contextlib
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -14,3 +17,13 @@ class UserError(Exception):
 
 class UnwrittenError(UserError):
     """A checkpoint was not written; threads of Orbax may wait for minutes for what never comes."""
+
+
+@contextlib.contextmanager
+def telling(what: str, remedy: str = "") -> Iterator[None]:
+    """An OSError inside, such as of a full disk, as a UserError: `what`, its reason, `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{what}: {error.strerror or error}"
+        raise UserError("; ".join(filter(None, (reason, remedy)))) from None

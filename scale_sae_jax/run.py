@@ -27,7 +27,7 @@ from scale_sae_jax.activations.synthetic import (
     open_synthetic,
 )
 from scale_sae_jax.config import Config, TextConfig, digest
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.evaluation import pca
 from scale_sae_jax.evaluation.evaluator import EvalBatch, evaluate, json_value, with_ablations
 from scale_sae_jax.evaluation.ground_truth import measure_ground_truth
@@ -401,16 +401,12 @@ def write_evaluation(
     path = workdir / "evals" / f"{name}.json"
 
     def write() -> None:
-        try:
+        remedy = "make room or the folder writable, then evaluate again"
+        with telling(f"the evaluation cannot be written to {path}", remedy):
             path.parent.mkdir(exist_ok=True)
             folders.write_json(path, results)
             if own_text and own_eval and last:
                 folders.write_json(workdir / "eval.json", results)
-        except OSError as error:
-            raise UserError(
-                f"the evaluation cannot be written to {path}: {error.strerror}; make room or the "
-                "folder writable, then evaluate again"
-            ) from None
 
     processes.lead_alone(write)
     return path

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from scale_sae_jax import workdir as folders
 from scale_sae_jax.config import Config, TextConfig, digest, flatten, from_config_dict
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.evaluation.flops import forward_flops
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.run import (
@@ -384,10 +384,6 @@ def _column(values: list[Any]) -> pa.Array:
 
 def _replace(path: Path, write: Callable[[str], object]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may run cells too
-    try:
+    with telling(f"{path} cannot be written", "make room, then start again"):
         write(str(partial))
         os.replace(partial, path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}; make room, then start again"
-        ) from None

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from scale_sae_jax.config import Config, flatten, from_config_dict
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 
 # Settings that do not decide what the next step computes from the same state.
 FREE = (
@@ -62,13 +62,9 @@ def claim(config: Config, workdir: Path) -> list[str]:
         if old["steps"] != new["steps"]:
             remarks.append(f"config.steps changed from {old['steps']} to {new['steps']}: "
                            "the learning-rate schedule is another one from here on")
-    try:
+    with telling(f"cannot write to {workdir}", "choose another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, dataclasses.asdict(config))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {workdir}: {error.strerror}; choose another --workdir"
-        ) from None
     return remarks
 
 

@@ -28,7 +28,7 @@ from scale_sae_jax.activations.forward import ReadableModel, Slab, run_model
 from scale_sae_jax.activations.masks import Fate, outliers
 from scale_sae_jax.activations.store import Counts, Manifest
 from scale_sae_jax.config import ActivationsConfig, LMConfig, TextConfig, flatten
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.text import sources
 from scale_sae_jax.text.packing import pack, row_batches
@@ -243,13 +243,8 @@ def _start(
     """
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if not (folder / store.MANIFEST).exists():
-        try:
+        with telling(f"cannot make folder {folder}", "choose another --config.activations.path"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot make folder {folder}: {error.strerror}; choose another "
-                "--config.activations.path"
-            ) from None
         dtype = settings["activations"]["dtype"]
         manifest = Manifest(lm.name, settings, fingerprint, dtype, parts=parts)
         if parts > 1:

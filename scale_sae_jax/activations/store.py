@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Float32, Int64, Shaped, UInt64
 
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -289,14 +289,10 @@ def _sha256(path: Path) -> str:
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when complete and on disk. Raises UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    remedy = "make room, then start again: complete shards are kept"
+    with telling(f"{path} cannot be written", remedy):
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}; make room, then start again: "
-            "complete shards are kept"
-        ) from None

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SPARE_BYTES = 2**20
@@ -143,13 +143,8 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Raises UserError if the disk is full or cannot be written to."""
-    try:
+    with telling(f"{path} cannot be written", "make room, or name another folder"):
         path.write_bytes(content)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}; make room, or name another folder"
-        ) from None
 
 
 def read_object(path: Path, kind: str) -> dict[str, Any]:
@@ -183,14 +178,10 @@ def size(values: Mapping[str, Any], name: str, source: str) -> int:
 
 def fresh(folder: Path) -> Path:
     """`folder`, made if it is not there. Raises UserError if it holds something already."""
-    try:
+    with telling(f"cannot write to {folder}", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"{folder} is not empty: nothing is overwritten, name another folder")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}; name another folder"
-        ) from None
     return folder
 
 

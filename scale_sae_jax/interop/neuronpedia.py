@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import telling
 from scale_sae_jax.inspection.bands import bands
 from scale_sae_jax.inspection.contexts import OUTSIDE, Peaks
 from scale_sae_jax.inspection.look import Findings
@@ -40,7 +40,7 @@ def write_batches(
     """
     head = {"model_id": model_id, "layer": layer, "sae_set": sae_set}
     starts = range(0, len(latents), FEATURES)
-    try:
+    with telling(f"cannot write {folder}", "choose another --to"):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("batch-*.json"):
             old.unlink()
@@ -49,8 +49,6 @@ def write_batches(
             features = [feature(findings, tokenizer, latent) for latent in ids]
             text = json.dumps(head | {"features": features}, allow_nan=False)
             (folder / f"batch-{number}.json").write_text(text)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --to") from None
     return len(starts)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from scale_sae_jax.errors import UnwrittenError, UserError
+from scale_sae_jax.errors import UnwrittenError, UserError, telling
 from scale_sae_jax.training.state import TrainState
 
 policies = ocp.training.preservation_policies
@@ -26,13 +26,9 @@ class Checkpoints:
         best = policies.BestN(get_metric_fn=lambda metrics: metrics["fvu"], reverse=True, n=1)
         keep_policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         self._folder = folder
-        try:
+        remedy = "move what is there, make room, or choose another --workdir"
+        with telling(f"{folder} cannot be written", remedy):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written: {error.strerror}; move what is there, make room, or "
-                "choose another --workdir"
-            ) from None
         try:  # reads what was measured at each step
             self._orbax = ocp.training.Checkpointer(
                 folder.resolve(), preservation_policy=keep_policy

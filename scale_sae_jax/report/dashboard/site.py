@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import telling
 from scale_sae_jax.inspection.look import Findings
 from scale_sae_jax.interop.files import fresh
 from scale_sae_jax.report.dashboard.data import About, Tokens, latent_record, overview
@@ -56,15 +56,13 @@ def write_site(
         values = {latent: latent_record(findings, tokens, latent) for latent in ids}
         scripts[f"latents-{shard}.js"] = f"dashboard.shards[{shard}] = {script_json(values)};\n"
     site_folder(folder)
-    try:
+    with telling(f"cannot write {folder}", "name another folder"):
         (folder / "data").mkdir(parents=True, exist_ok=True)
         for old in (folder / "data").glob("latents-*.js"):
             old.unlink()
         written = sum((folder / name).write_bytes(page) for name, page in fixed_files().items())
         for name, script in scripts.items():
             written += (folder / "data" / name).write_bytes(script.encode("ascii"))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; name another folder") from None
     return written
 
 
