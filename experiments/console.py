@@ -5,7 +5,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scale_sae_jax.run import Console
+from scale_sae_jax.console import Console
 
 
 class Bars(Console):

@@ -27,8 +27,8 @@ from scale_sae_jax.inspection import look
 from scale_sae_jax.inspection.contexts import Plan
 from scale_sae_jax.interop import neuronpedia
 from scale_sae_jax.report.dashboard import About, sentence, site_folder, tokens_named, write_site
-from scale_sae_jax.run import check_sources, heldout_text, open_sources
 from scale_sae_jax.sae import Autoencoder
+from scale_sae_jax.sources import check_sources, heldout_text, open_sources
 from scale_sae_jax.workdir import read_config
 
 FLAGS = flags.FLAGS

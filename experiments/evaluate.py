@@ -30,14 +30,8 @@ from scale_sae_jax.config import (
     to_config_dict,
 )
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.run import (
-    check_sources,
-    find_step,
-    measure_run,
-    open_sources,
-    read_heldout,
-    write_evaluation,
-)
+from scale_sae_jax.run import find_step, measure_run, write_evaluation
+from scale_sae_jax.sources import check_sources, open_sources, read_heldout
 from scale_sae_jax.workdir import read_config
 
 FLAGS = flags.FLAGS

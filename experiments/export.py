@@ -27,8 +27,8 @@ from scale_sae_jax.activations.masks import largest_evaluated
 from scale_sae_jax.config import Config, from_config_dict, to_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.interop import delphi, files, gemma_scope, hub, origin, sae_lens, sparsify
-from scale_sae_jax.run import check_sources, open_sources, read_heldout
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
+from scale_sae_jax.sources import check_sources, open_sources, read_heldout
 from scale_sae_jax.workdir import read_config
 
 FLAGS = flags.FLAGS

@@ -34,9 +34,10 @@ from experiments import command_line
 from experiments.console import Bars
 from scale_sae_jax import sweep
 from scale_sae_jax.company import check_together, company, train_company
+from scale_sae_jax.console import Console
 from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.parallel import processes
-from scale_sae_jax.run import Console, resolved
+from scale_sae_jax.sources import resolved
 from scale_sae_jax.training.interrupts import Interrupted, stop_requests
 
 FLAGS = flags.FLAGS

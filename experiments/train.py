@@ -14,8 +14,9 @@ from absl import flags
 from experiments import command_line
 from experiments.console import Bars, table
 from scale_sae_jax.config import from_config_dict
+from scale_sae_jax.console import Console
 from scale_sae_jax.parallel import processes
-from scale_sae_jax.run import Console, run
+from scale_sae_jax.run import run
 from scale_sae_jax.training.interrupts import Interrupted, stop_requests
 
 FLAGS = flags.FLAGS

@@ -17,8 +17,8 @@ import jax
 
 from scale_sae_jax import workdir as folders
 from scale_sae_jax.config import digest
+from scale_sae_jax.console import Console
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.run import Console
 from scale_sae_jax.sweep import (
     Cell,
     Shared,

@@ -28,25 +28,21 @@ from ml_collections import ConfigDict
 
 from scale_sae_jax import workdir as folders
 from scale_sae_jax.config import Config, TextConfig, digest, flatten, from_config_dict
+from scale_sae_jax.console import Console
 from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.evaluation.flops import forward_flops
 from scale_sae_jax.parallel import processes
-from scale_sae_jax.run import (
-    Console,
+from scale_sae_jax.run import check_run, load, measure_run, run, sized, write_evaluation
+from scale_sae_jax.sae.presets import preset
+from scale_sae_jax.sae.registry import build
+from scale_sae_jax.sources import (
     Heldout,
     Sources,
     check_rows,
-    check_run,
-    evaluate_run,
-    load,
     open_sources,
     read_heldout,
     resolved,
-    run,
-    sized,
 )
-from scale_sae_jax.sae.presets import preset
-from scale_sae_jax.sae.registry import build
 from scale_sae_jax.training.interrupts import Interrupted
 
 # The results that a table shows unless told otherwise; an axis must not hide one of them.
@@ -296,7 +292,8 @@ def run_cell(
         for name, text in here.texts.items():
             sae, params = load(folder)
             parts = sources, heldout(text), sae, params, config.steps, console
-            other = evaluate_run(config, text, folder, *parts)
+            other = measure_run(config, text, folder, *parts)
+            write_evaluation(config, text, folder, other, last=True)
             results |= {f"{name}_{key}": other[key] for key in OTHER_TEXT}
     except Interrupted:
         raise

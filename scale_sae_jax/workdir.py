@@ -4,10 +4,11 @@
     .run.lock  .activations.lock    while a program works there; a file may stay, and holds nobody
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from scale_sae_jax.config import Config, flatten, from_config_dict
 from scale_sae_jax.errors import UserError, telling
+from scale_sae_jax.parallel import processes
 
 # Settings that do not decide what the next step computes from the same state.
 FREE = (
@@ -91,6 +93,17 @@ def lock(path: Path, wait: Callable[[str], None] | None = None) -> FileLock:
     except (OSError, NotImplementedError):
         pass
     return held
+
+
+@contextlib.contextmanager
+def held(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """`lock` by the leading process, for all of this program."""
+    taken = processes.lead_alone(lambda: lock(path, wait))
+    try:
+        yield
+    finally:
+        if taken is not None:
+            taken.release()
 
 
 def _steps_done(workdir: Path) -> int:

@@ -16,6 +16,7 @@ import scale_sae_jax
 import scale_sae_jax.run
 import scale_sae_jax.training.interrupts
 from scale_sae_jax.config import ActivationsConfig, Config, OptimConfig, SAEConfig, TextConfig
+from scale_sae_jax.console import Console
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel.experts import ShardedAutoencoder, on_mesh
 from scale_sae_jax.parallel.mesh import (
@@ -212,7 +213,7 @@ def test_a_run_goes_on_on_other_meshes(run_config, one_device, tmp_path):
     for spec, until in (("data:2,expert:4", 7), ("expert:2", 13), ("data:1,expert:1", 20)):
         stop = Event()
 
-        class Watch(scale_sae_jax.run.Console):
+        class Watch(Console):
             def step(self, record, total, until=until, stop=stop):
                 if record["step"] >= until:
                     stop.set()

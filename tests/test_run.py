@@ -15,6 +15,7 @@ from small_model import write_model
 import scale_sae_jax
 from experiments import console
 from scale_sae_jax import run as runs
+from scale_sae_jax import sources as read
 from scale_sae_jax import workdir
 from scale_sae_jax.activations.masks import largest_evaluated
 from scale_sae_jax.config import (
@@ -27,6 +28,7 @@ from scale_sae_jax.config import (
     TextConfig,
     check,
 )
+from scale_sae_jax.console import Console
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation.heldout import text_batches
 from scale_sae_jax.lm import load_language_model
@@ -118,13 +120,13 @@ def test_an_evaluation_of_its_own_kind_has_its_own_file_and_bill(tmp_path):
     config = dataclasses.replace(CONFIG, checkpoint_every=150, keep_checkpoints=2)
     official = run(config, tmp_path, Event())
     lines = {line["step"]: line for line in read_lines(tmp_path / "metrics.jsonl")}
-    sources = runs.open_sources(config, tmp_path, Event(), runs.Console())
+    sources = read.open_sources(config, tmp_path, Event(), Console())
 
     def evaluated(step, **settings):
         number, newest = runs.find_step(tmp_path, step)
         assert newest == 300
         asked = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **settings))
-        heldout = runs.read_heldout(asked, asked.text, sources)
+        heldout = read.read_heldout(asked, asked.text, sources)
         measured = sources, heldout, *scale_sae_jax.load(tmp_path, number), number
         results = runs.measure_run(asked, asked.text, tmp_path, *measured)
         path = runs.write_evaluation(asked, asked.text, tmp_path, results, number == newest)
@@ -273,7 +275,7 @@ def test_two_sources_are_refused():
         check(dataclasses.replace(CONFIG, activations=two))
     with pytest.raises(UserError, match="synthetic.features = 5 must"):
         few = dataclasses.replace(SMALL, features=5)
-        runs.check_sources(dataclasses.replace(CONFIG, synthetic=few))
+        read.check_sources(dataclasses.replace(CONFIG, synthetic=few))
 
 
 @pytest.mark.parametrize("change", [{"lm": LMConfig(path="model")}, {"text": TextConfig("a.txt")}])
@@ -307,7 +309,7 @@ def test_an_undefined_result_is_null_in_json(tmp_path, monkeypatch):
     assert '"fvu_pca": null' in (tmp_path / "eval.json").read_text()
 
 
-class Told(runs.Console):
+class Told(Console):
     """Keeps what it is told."""
 
     def __init__(self):
@@ -322,10 +324,10 @@ class Told(runs.Console):
 
 @pytest.mark.parametrize(("asked", "notes"), [(500, 0), (501, 1), (64, 0)])
 def test_progress_over_heldout_samples_begins_at_0_and_ends_at_all(asked, notes):
-    sources = runs.Sources(*runs.open_synthetic(SMALL), None)
+    sources = read.Sources(*read.open_synthetic(SMALL), None)
     config = dataclasses.replace(CONFIG, eval=EvalConfig(tokens=asked))
     told, there = Told(), min(asked, SMALL.heldout)
-    assert runs.read_heldout(config, config.text, sources, told).tokens == there
+    assert read.read_heldout(config, config.text, sources, told).tokens == there
     assert told.seen[0] == (0, asked) and told.seen[-1] == (there, there)
     assert len(told.notes) == notes and all("500 held-out tokens" in note for note in told.notes)
 
@@ -366,8 +368,8 @@ def test_why_no_token_is_left_to_evaluate_on(tmp_path, monkeypatch, skipped, rea
             on_skip("document")
         return iter(())
 
-    monkeypatch.setattr(runs, "heldout_text", nothing)
-    train, lm = (object.__new__(kind) for kind in (runs.ActivationArray, runs.LanguageModel))
-    config, sources = on_text(tmp_path), runs.Sources(train, None, lm)
+    monkeypatch.setattr(read, "heldout_text", nothing)
+    train, lm = (object.__new__(kind) for kind in (read.ActivationArray, read.LanguageModel))
+    config, sources = on_text(tmp_path), read.Sources(train, None, lm)
     with pytest.raises(UserError, match=f"one.jsonl leaves no held-out token: .*{reason}"):
-        runs.read_heldout(config, config.text, sources)
+        read.read_heldout(config, config.text, sources)

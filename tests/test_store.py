@@ -9,12 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from scale_sae_jax import run as runs
+from scale_sae_jax import sources
 from scale_sae_jax.activations import store
 from scale_sae_jax.activations.array import CHUNK_ROWS, open_array
 from scale_sae_jax.config import ActivationsConfig, Config, TextConfig
+from scale_sae_jax.console import Console
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.run import Console, open_sources
 
 D = 6
 
@@ -180,12 +180,12 @@ def test_a_run_compares_the_store_that_it_finds_with_its_checksums(tmp_path, mon
     folder = tmp_path / "store"
     folder.mkdir()
     make_store(folder)
-    monkeypatch.setattr(runs, "load_language_model", lambda config: None)
-    monkeypatch.setattr(runs, "harvest", lambda *_: None)
+    monkeypatch.setattr(sources, "load_language_model", lambda config: None)
+    monkeypatch.setattr(sources, "harvest", lambda *_: None)
     config = Config(activations=ActivationsConfig(path=str(folder)))
 
     def opened():
-        return open_sources(config, tmp_path, Event(), Console()).train.n
+        return sources.open_sources(config, tmp_path, Event(), Console()).train.n
 
     n = opened()
     path = folder / "shard-00001.npy"
@@ -249,7 +249,7 @@ def test_a_run_leaves_outliers_of_its_array_out_as_its_settings_say(tmp_path):
     for ratio, n in ((10.0, 179), (0.0, 180)):
         activations = ActivationsConfig(path=f"{tmp_path}/a.npy", max_norm_ratio=ratio)
         config = Config(activations=activations, text=TextConfig(heldout_fraction=0.1))
-        assert open_sources(config, tmp_path, Event(), Console()).train.n == n
+        assert sources.open_sources(config, tmp_path, Event(), Console()).train.n == n
 
 
 def test_a_ratio_that_leaves_no_row_of_an_array_is_refused(tmp_path):

@@ -35,8 +35,8 @@ from scale_sae_jax.activations.array import ActivationArray
 from scale_sae_jax.company import check_together, company
 from scale_sae_jax.config import Config, LMConfig, TextConfig, to_config_dict
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.run import Heldout, Sources, open_sources, read_heldout
 from scale_sae_jax.sae import build
+from scale_sae_jax.sources import Heldout, Sources, open_sources, read_heldout
 from scale_sae_jax.sweep import axis, cell, product
 from scale_sae_jax.training import together
 from scale_sae_jax.training.interrupts import Interrupted

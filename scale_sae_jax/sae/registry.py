@@ -72,3 +72,9 @@ def _one_dictionary(config: SAEConfig) -> SAEConfig:
     share = config.active if config.match == "active" else config.experts
     latents = share * (config.latents // config.experts)
     return dataclasses.replace(config, latents=latents, experts=1, active=1)
+
+
+def experts_of(config: SAEConfig) -> int:
+    """Experts of the autoencoder, before its width is known. Raises UserError as `build`."""
+    by_time = config.match == "time" and not has_experts(config)
+    return 1 if by_time else build(config, 1).experts
