@@ -13,8 +13,9 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from numbers import Integral, Real
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -156,8 +157,8 @@ class Attached:
         steer = steer or {}
         if not isinstance(ablate, Collection) or not isinstance(steer, Mapping):
             raise UserError("ablate takes a list of latents, steer a dict of latent: multiple")
-        if not all(map(math.isfinite, steer.values())):
-            raise UserError(f"steer = {steer}: multiples must be finite")
+        if not all(isinstance(a, Real) and math.isfinite(a) for a in steer.values()):
+            raise UserError(f"steer = {dict(steer)}: multiples must be finite numbers")
         if not (splice or ablate or steer):
             logits = self._clean(self.lm.params, row.tokens, row.segments)
         else:
@@ -181,8 +182,8 @@ class Attached:
         steer: Mapping[int, float] | None = None,
     ) -> list[tuple[str, float]]:
         """The n likeliest next tokens after a text, edited as by `logits`, with probabilities."""
-        if n < 1:
-            raise UserError(f"n = {n}: ask for 1 token at least")
+        if not isinstance(n, Integral) or n < 1:
+            raise UserError(f"n = {n!r}: ask for a whole number of tokens, 1 at least")
         logits = self.logits(text, splice=splice, ablate=ablate, steer=steer)[-1]
         probs = np.asarray(jax.nn.softmax(logits))
         best = np.argsort(-probs, kind="stable")[:n]
@@ -227,11 +228,11 @@ class Attached:
     def _strings(self, tokens: Int[np.ndarray, " S"]) -> list[str]:
         return [self.lm.tokenizer.token_string(int(token)) for token in tokens]
 
-    def _ids(self, latents: Collection[int]) -> Int[np.ndarray, " n"]:
+    def _ids(self, latents: Collection[Any]) -> Int[np.ndarray, " n"]:
         for latent in latents:
-            if not isinstance(latent, (int, np.integer)) or not 0 <= latent < self.sae.latents:
+            if not isinstance(latent, Integral) or not 0 <= latent < self.sae.latents:
                 raise UserError(
-                    f"there is no latent {latent}: ids are 0 to {self.sae.latents - 1}"
+                    f"there is no latent {latent!r}: ids are 0 to {self.sae.latents - 1}"
                 )
         return np.array(list(latents), np.int32)
 

@@ -39,7 +39,6 @@ from scale_sae_jax.training.checkpoints import Checkpoints
 from scale_sae_jax.training.interrupts import Interrupted
 from scale_sae_jax.training.loop import train
 from scale_sae_jax.training.matching import equal_time_latents
-from scale_sae_jax.training.optim import optimiser
 
 PCA_ROWS = 65_536
 
@@ -163,7 +162,7 @@ def measure_run(
         max_norm_ratio=evaluated(config.activations).max_norm_ratio,
         lm=sources.lm,
         layer=None if sources.lm is None else config.lm.layer,
-        training=_bill(workdir, step),
+        training=_bill(config, workdir, step),
         bootstrap=config.eval.bootstrap,
         seed=config.eval.seed,
         progress=progress,
@@ -238,9 +237,8 @@ def load(
         number = _step_of(checkpoints, workdir, step)
         width = checkpoints.width(number)
         sae = build(sized(config, workdir, width).sae, width)
-        tx = optimiser(config.optim, sae.latents, config.steps, sae.config.decoder_norm)
-        restored = checkpoints.restore(number, state.abstract(sae, tx, config.optim, mesh))
-    return on_mesh(sae, mesh) if mesh else sae, precision.widen(restored.params)
+        params = checkpoints.restore_params(number, state.abstract_params(sae, config.optim, mesh))
+    return on_mesh(sae, mesh) if mesh else sae, precision.widen(params)
 
 
 def find_step(path: str | Path, step: int | str = "latest") -> tuple[int, int]:
@@ -286,21 +284,20 @@ def sized(config: Config, workdir: Path, width: int) -> Config:
     return dataclasses.replace(config, sae=sae)
 
 
-def _bill(workdir: Path, step: int) -> dict[str, float | int | None]:
-    """What training up to `step` cost; between two records, by their line."""
+def _bill(config: Config, workdir: Path, step: int) -> dict[str, float | int | None]:
+    """What training up to the checkpoint at `step` cost; None where its files do not tell."""
+    with _checkpoints(workdir, config) as checkpoints:
+        seconds = checkpoints.seconds(step)
+    tokens = step * config.batch_size
     lines = metrics.read_lines(workdir / "metrics.jsonl")
-    lines = [line for line in lines if {"tokens", "seconds"} <= line.keys()]
-    if not lines:
-        return {}
-    steps, tokens, seconds = ([line[n] for line in lines] for n in ("step", "tokens", "seconds"))
-    tokens, seconds = round(np.interp(step, steps, tokens)), float(np.interp(step, steps, seconds))
-    lines = [line for line in lines if line["step"] <= step] or lines[:1]
+    timed = lambda line: isinstance(line.get("seconds"), int | float)  # noqa: E731
+    lines = [line for line in lines if line["step"] <= step and timed(line)]
     return {
         "tokens_seen": tokens,
         "train_seconds": seconds,
-        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "tokens_per_second": tokens / seconds if seconds else None,
         "seconds_per_step": _seconds_per_step(lines),
-        "trained_together": lines[-1].get("together", 1),
+        "trained_together": lines[-1].get("together", 1) if lines else None,
     }
 
 

@@ -69,7 +69,9 @@ def test_synthetic_run_reports_ground_truth_and_the_bill(tmp_path):
     assert results["eval_text"] == "synthetic-40" and results["delta_ce"] is None
     lines = read_lines(tmp_path / "metrics.jsonl")
     seconds, steps = ([line[name] for line in lines] for name in ("seconds", "step"))
-    assert results["train_seconds"] == seconds[-1]
+    assert seconds[-1] <= results["train_seconds"] < seconds[-1] + 1
+    assert results["tokens_seen"] == 300 * 128
+    assert results["tokens_per_second"] == 300 * 128 / results["train_seconds"]
     each = np.diff(seconds) / np.diff(steps)
     assert len(each) > 1 and results["seconds_per_step"] == pytest.approx(np.median(each))
     sae, params = scale_sae_jax.load(tmp_path)
@@ -137,8 +139,11 @@ def test_an_evaluation_of_its_own_kind_has_its_own_file_and_bill(tmp_path):
     name, early = evaluated(150)
     assert name == "synthetic-40-step-150.json" and (early["step"], official["step"]) == (150, 300)
     assert early["tokens_seen"] == 150 * 128 and early["fvu"] != official["fvu"]
-    between = (lines[100]["seconds"] + lines[200]["seconds"]) / 2
-    assert early["train_seconds"] == pytest.approx(between)
+    assert lines[100]["seconds"] < early["train_seconds"] < lines[200]["seconds"]
+    assert early["trained_together"] == 1
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": "many", "seconds": "few"}\n')
+    lost = evaluated(150)[1]
+    assert lost["train_seconds"] == early["train_seconds"] and lost["seconds_per_step"] is None
     name, short = evaluated("latest", tokens=100)
     assert name.startswith("synthetic-40-eval-") and short["tokens_seen"] == 300 * 128
     assert json.loads((tmp_path / "eval.json").read_text()) == official

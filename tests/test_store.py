@@ -253,7 +253,7 @@ def test_a_run_leaves_outliers_of_its_array_out_as_its_settings_say(tmp_path):
 
 
 def test_a_ratio_that_leaves_no_row_of_an_array_is_refused(tmp_path):
-    np.save(tmp_path / "a.npy", np.ones((20, D), np.float32))
+    np.save(tmp_path / "a.npy", np.arange(1, 20 * D + 1, dtype=np.float32).reshape(20, D) + 1e3)
     with pytest.raises(UserError, match="max_norm_ratio = 0.5 leaves none of 18 rows"):
         open_array(tmp_path / "a.npy", 0.1, max_norm_ratio=0.5)
 
@@ -274,7 +274,8 @@ def bad_row(row, value):
         (np.ones((10, 2), np.int32), "int32"),
         (np.ones((10, 0), np.float32), r"shape \(10, 0\)"),
         (np.ones((10, 1), np.float32), "d at least 2"),
-        (np.zeros((20, 2), np.float32), "zeros alone in its 18 rows"),
+        (np.zeros((20, 2), np.float32), "its 18 rows to train on are all the same"),
+        (np.full((20, 2), 3.0, np.float32), "its 18 rows to train on are all the same"),
         (np.asfortranarray(np.ones((10, 2), np.float32)), "Fortran"),
         (np.array([[{}]]), "not a plain .npy array"),
         (np.ones((3, 2), np.float32), "leaves 3 to train on and 0 to evaluate"),

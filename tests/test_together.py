@@ -115,6 +115,25 @@ def test_each_takes_the_steps_that_it_takes_alone(name, activations, tmp_path):
     assert sae.k == 2 and np.isfinite(sae.reconstruct(params, activations.data[:3])).all()
 
 
+def test_parameters_in_bfloat16_are_rounded_as_alone(activations, tmp_path):
+    """By the same draws: the ones that differ were on the edge between two."""
+    narrow = {"param_dtype": "bfloat16", "moment_dtype": "bfloat16"}
+    configs = [
+        dataclasses.replace(config, steps=4, optim=dataclasses.replace(config.optim, **narrow))
+        for config in configs_of()
+    ]
+    own, states = together(configs, activations, tmp_path)
+    for config, folder, state in zip(configs, own, states, strict=True):
+        alone = tmp_path / f"alone-{folder.name}"
+        folders.claim(config, alone)
+        other = train(config, activations, alone, Event()).state
+        for name in ("w_enc", "w_dec"):
+            ours, theirs = (np.asarray(s.params[name], np.float32) for s in (state, other))
+            assert state.params[name].dtype == jnp.bfloat16
+            assert (ours == theirs).mean() > 0.99
+            np.testing.assert_allclose(ours, theirs, rtol=0.05, atol=2e-3)
+
+
 def test_runs_are_spread_over_devices(activations, tmp_path, devices):
     configs = configs_of(4)
     _, on_one = together(configs, activations, tmp_path / "one")

@@ -59,8 +59,8 @@ def open_array(
         the mean too; 0 keeps all. Held-out rows all stay: the evaluator counts outliers.
 
     Raises:
-      UserError: if the file is missing or no such array, holds a NaN or an infinity, or has too few
-        rows for both parts.
+      UserError: if the file is missing or no such array, holds a NaN or an infinity, has too few
+        rows for both parts, or one and the same row to train on.
     """
     path = Path(path).expanduser()
     array = map_array(path)
@@ -73,15 +73,19 @@ def open_array(
         )
     total = np.zeros(array.shape[1])
     norms = np.empty(training, np.float32)
+    first, differ = array[0].astype(np.float32), False
     bounds = sorted({*range(0, len(array), CHUNK_ROWS), training, len(array)})
     for start, stop in zip(bounds, bounds[1:], strict=False):
         chunk = array[start:stop].astype(np.float32)
         _refuse_not_finite(path, chunk, start)
         if stop <= training:
+            differ = differ or bool((chunk != first).any())
             total += chunk.sum(axis=0, dtype=np.float64)
             norms[start:stop] = np.linalg.norm(chunk, axis=1)
-    if not norms.any():
-        raise UserError(f"{path} holds zeros alone in its {training} rows to train on")
+    if not differ:
+        raise UserError(
+            f"{path}: its {training} rows to train on are all the same: there is nothing to learn"
+        )
     median_norm = float(np.median(norms))
     far = outliers(norms, median_norm, max_norm_ratio)
     if far.all():

@@ -308,8 +308,8 @@ def evaluate(
             progress(int(batch.real.sum()))
     if not counts["eval_tokens"]:
         raise UserError(
-            "evaluation: none of the held-out tokens is left after the masks; give more held-out "
-            "text or raise activations.max_norm_ratio"
+            "evaluation: none of the held-out tokens counts: position 0, special tokens and norms "
+            f"over {max_norm_ratio:g} times the median do not; give more held-out text"
         )
 
     documents, sums = merge_documents(parts)

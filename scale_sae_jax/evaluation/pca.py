@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float
 
+from scale_sae_jax.evaluation.bootstrap import ratio
 from scale_sae_jax.evaluation.evaluator import EvalBatch
 
 
@@ -23,11 +24,14 @@ def fvu(
     directions: Float[np.ndarray, "R D"],
     max_norm: float,
 ) -> float:
-    """FVU of the projection of held-out activations, on the tokens that `fvu` is measured on."""
+    """FVU of the projection of held-out activations, on the tokens that `fvu` is measured on.
+
+    NaN where they do not vary.
+    """
     left, total = 0.0, 0.0
     for batch in batches:
         x = np.asarray(batch.x, np.float64)[batch.scored]
         x = x[np.linalg.norm(x, axis=-1) <= max_norm] - mean
         total += np.square(x).sum()
         left += np.square(x).sum() - np.square(x @ directions.T).sum()
-    return left / total
+    return float(ratio(left, total))

@@ -47,8 +47,8 @@ def firings(codes: Codes, keep: Bool[np.ndarray, "B S"], first_row: int) -> Firi
     if activations.size and np.abs(activations).max() > MOST:
         raise UserError(
             f"latent {latent[np.abs(activations).argmax()]} has an activation of "
-            f"{np.abs(activations).max():.4g}, and delphi's float16 ends at {MOST:.0f}: lower "
-            "activations.max_norm_ratio"
+            f"{np.abs(activations).max():.4g}, and delphi's float16 ends at {MOST:.0f}: it cannot "
+            "hold this text's codes; take other text, or train on activations in a smaller unit"
         )
     order = np.lexsort((latent, position, row))
     locations = np.stack([row + first_row, position, latent], -1)[order]

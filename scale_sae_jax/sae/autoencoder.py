@@ -68,7 +68,7 @@ class Autoencoder:
     def encode(self, params: Params, x: Float[AnyArray, "*T D"]) -> Codes:
         """Sparse codes of x, K slots each."""
         codes = self._by_row(params, "encode", self._rows(x))
-        return Codes(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in codes))
+        return Codes(*(part.reshape(*np.shape(x)[:-1], part.shape[-1]) for part in codes))
 
     def decode(self, params: Params, codes: Codes) -> Float[Array, "*T D"]:
         """Activations from codes: b_dec + sum of value * decoder row."""
@@ -83,7 +83,7 @@ class Autoencoder:
     def route(self, params: Params, x: Float[AnyArray, "*T D"]) -> Routing:
         """Router probabilities and the selected experts."""
         routed = self._by_row(params, "route", self._rows(x))
-        return Routing(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in routed))
+        return Routing(*(part.reshape(*np.shape(x)[:-1], part.shape[-1]) for part in routed))
 
     def decoder(self, params: Params) -> Float[Array, "L D"]:
         """Decoder rows in the order of global latent ids."""
@@ -124,9 +124,10 @@ class Autoencoder:
 
     def _rows(self, x: Float[AnyArray, "*T D"]) -> Float[Array, "T D"]:
         """x as float32 [T, D]; raises UserError when D is not the autoencoder's width."""
-        if x.shape[-1] != self.width:
+        if np.shape(x)[-1:] != (self.width,):
             raise UserError(
-                f"activations have {x.shape[-1]} coordinates, this autoencoder takes {self.width}"
+                f"activations of shape {np.shape(x)} do not end in the {self.width} coordinates "
+                "that this autoencoder takes"
             )
         return jnp.asarray(x, jnp.float32).reshape(-1, self.width)
 

@@ -11,6 +11,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from scale_sae_jax.errors import UnwrittenError, UserError, telling
+from scale_sae_jax.sae.autoencoder import Params
 from scale_sae_jax.training.state import TrainState
 
 policies = ocp.training.preservation_policies
@@ -67,22 +68,39 @@ class Checkpoints:
         ranked = [c for c in self._orbax.checkpoints if c.metrics and "fvu" in c.metrics]
         return min(ranked, key=lambda c: c.metrics["fvu"]).step if ranked else None
 
-    def save(self, state: TrainState) -> None:
+    def seconds(self, step: int) -> float | None:
+        """What training took up to that checkpoint, in all sessions; None if it does not tell."""
+        found = {c.step: c.metrics or {} for c in self._orbax.checkpoints}
+        return found[step].get("seconds")
+
+    def save(self, state: TrainState, seconds: float) -> None:
         """Copies the state to the host and writes it in the background.
 
         Of several autoencoders in one state, the mean FVU ranks it.
+
+        Args:
+          seconds: that training took up to here.
         """
         if self._pending is not None:
             with _writable(self._folder):
                 self._pending.result()
         step, fvu = int(state.step), float(np.nanmean(state.fvu))
         with _writable(self._folder):
-            self._pending = self._orbax.save_async(step, state, force=True, metrics={"fvu": fvu})
+            measures = {"fvu": fvu, "seconds": seconds}
+            self._pending = self._orbax.save_async(step, state, force=True, metrics=measures)
 
     def restore(self, step: int, target: TrainState) -> TrainState:
         """The state at `step`, laid out as the abstract `target`. Raises UserError if damaged."""
         with _readable(self._folder / str(step)):
             return self._orbax.load(step, target)
+
+    def restore_params(self, step: int, target: Params) -> Params:
+        """The parameters alone: of the moments, twice as large, nothing is read."""
+        partial = ocp.options.PyTreeOptions(
+            loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
+        )
+        with _readable(self._folder / str(step)), ocp.Context(pytree_options=partial):
+            return self._orbax.load(step, {"params": target})["params"]
 
     def width(self, step: int) -> int:
         """D of the stored autoencoder, from the shape of b_dec. Raises UserError if damaged."""

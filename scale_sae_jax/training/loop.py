@@ -125,15 +125,17 @@ def follow(
     Args:
       records: one for each autoencoder.
     """
-    start = checkpoints.latest
-    if start is None:
+    newest = checkpoints.latest
+    if newest is None:
+        start, seconds = 0, 0.0
         now = program.create(program.read(0, 1, 1))
     else:
-        now = checkpoints.restore(start, program.abstract)
-    start = int(now.step)
+        start, seconds = newest, checkpoints.seconds(newest) or 0.0
+        now = checkpoints.restore(newest, program.abstract)
     with contextlib.ExitStack() as stack:
         for own in records:
-            stack.enter_context(own.writing(start, len(records)))
+            stack.enter_context(own.writing(start))
+        clock = Clock(start, seconds, config.batch_size, len(records))
         batches = _read_ahead(program, config, start)
         for step, n, x in batches:
             now, values = program.steps(now, x, n, mean)
@@ -143,12 +145,13 @@ def follow(
             if logged or stopping:
                 _refuse_bad(now, checkpoints)
                 values = {name: np.atleast_1d(value) for name, value in values.items()}
+                shared = {"step": step, **clock.read(step)}
                 for place, own in enumerate(records):
-                    own.take(step, {name: float(v[place]) for name, v in values.items()}, logged)
+                    own.take(shared | {n: float(v[place]) for n, v in values.items()}, logged)
             due = config.checkpoint_every and step % config.checkpoint_every == 0
             if due or finished or stopping:
                 _refuse_bad(now, checkpoints)
-                checkpoints.save(now)
+                checkpoints.save(now, clock.seconds())
             if stopping:
                 break
         batches.close()
@@ -239,38 +242,33 @@ class Records:
         self.last: dict[str, Any] = {}
 
     @contextlib.contextmanager
-    def writing(self, start: int, together: int) -> Iterator[None]:
-        """Goes on after step `start`. Of the time, the run's share among `together` counts."""
-        path = self._workdir / "metrics.jsonl"
-        self._write = lambda record, due: None
-        self._shared = {"together": together} if together > 1 else {}
+    def writing(self, start: int) -> Iterator[None]:
+        """Goes on after step `start`; what a later step has written is dropped."""
+        self._write = lambda record: None
         with contextlib.ExitStack() as stack:
             if processes.leads():
-                kept = metrics.keep_until(path, start)
+                kept = metrics.keep_until(self._workdir / "metrics.jsonl", start)
                 self.last = kept[-1] if kept else {}
                 settings = dataclasses.asdict(self._config) if self._config.wandb else None
                 writer = metrics.MetricsWriter(self._workdir, start, settings)
                 self._write = stack.enter_context(writer).write
-            seconds = self.last.get("seconds", 0.0)
-            self._clock = _Clock(start, seconds, self._config.batch_size, together)
             yield
-        if processes.leads():  # the line of an earlier stop has served once there is a later one
-            metrics.keep_until(path, self.last.get("step", start))
 
-    def take(self, step: int, values: dict[str, float], due: bool) -> None:
-        """The values after a step, written and shown.
-
-        Where no record is due, training stops: its time so far is what the resumed run needs.
-        """
-        self.last = {"step": step, **self._clock.read(step), **self._shared, **values}
-        self._write(self.last, due)
-        self._show(self.last)
+    def take(self, record: dict[str, Any], due: bool) -> None:
+        """Shows a record; writes it where one is due, not where training merely stops."""
+        self.last = record
+        if due:
+            self._write(record)
+        self._show(record)
 
 
-class _Clock:
+class Clock:
     """Training time over all sessions of a run, and the speed since the last reading.
 
     Of runs that train together, each takes an even share of the time.
+
+    Args:
+      step, seconds: where the run goes on, and what it took to get there.
     """
 
     def __init__(self, step: int, seconds: float, batch_size: int, together: int):
@@ -278,9 +276,14 @@ class _Clock:
         self._before, self._begin = seconds, time.perf_counter()
         self._step, self._seconds = step, seconds
 
+    def seconds(self) -> float:
+        return self._before + (time.perf_counter() - self._begin) / self._together
+
     def read(self, step: int) -> dict[str, int | float]:
-        seconds = self._before + (time.perf_counter() - self._begin) / self._together
+        """What a record tells of time; `together` only where several runs share it."""
+        seconds = self.seconds()
         speed = (step - self._step) * self._batch_size / max(seconds - self._seconds, 1e-9)
         self._step, self._seconds = step, seconds
-        tokens = step * self._batch_size
-        return {"tokens": tokens, "seconds": seconds, "tokens_per_second": speed}
+        times = {"seconds": seconds, "tokens_per_second": speed}
+        shared = {"together": self._together} if self._together > 1 else {}
+        return {"tokens": step * self._batch_size, **times, **shared}

@@ -9,8 +9,6 @@ from tensorboardX import SummaryWriter
 
 from scale_sae_jax.errors import UserError
 
-STOP = "stop"  # marks a line that was written only because training stopped there
-
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics file; one that is cut short, by a kill say, is left out."""
@@ -27,12 +25,8 @@ def _read_line(text: bytes) -> dict[str, Any] | None:
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops the lines after `step`, which a resumed run writes again; returns the rest.
-
-    Drops, too, what a stop wrote at an earlier step, where no line was due.
-    """
-    lines = [line for line in read_lines(path) if line["step"] <= step]
-    kept = [line for line in lines if STOP not in line or line["step"] == step]
+    """Drops the lines after `step`, which a resumed run writes again; returns the rest."""
+    kept = [line for line in read_lines(path) if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     partial = path.with_suffix(".partial")
     partial.write_text(text)
@@ -41,7 +35,7 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Writes records, one a logging step and one at a stop, to every sink. A context manager."""
+    """Writes records, one a logging step, to every sink. A context manager."""
 
     def __init__(self, workdir: Path, resumed_step: int, wandb_config: dict | None):
         self._file = open(workdir / "metrics.jsonl", "a", buffering=1)
@@ -57,9 +51,9 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def write(self, record: dict[str, Any], due: bool = True) -> None:
-        """`record` holds `step` and numbers. due: whether no stop alone asks for it."""
-        self._file.write(json.dumps(record if due else record | {STOP: True}) + "\n")
+    def write(self, record: dict[str, Any]) -> None:
+        """`record` holds `step` and numbers."""
+        self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
             if name != "step":
                 self._board.add_scalar(name, value, record["step"])

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from scale_sae_jax.sae.autoencoder import Autoencoder
 from scale_sae_jax.training import precision
-from scale_sae_jax.training.state import TrainState
+from scale_sae_jax.training.state import TrainState, key_of_step
 
 Metrics = dict[str, Float[Array, ""]]
 FVU_DECAY = 0.98  # running mean over about 50 batches
@@ -75,7 +75,7 @@ def make_step(
     def step(state: TrainState, x: Array, mean: Array) -> tuple[TrainState, Metrics]:
         dead = state.since_fired >= dead_after
         before = precision.widen(state.params)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.step), 3)
+        keys = jax.random.split(key_of_step(state), 3)
 
         def gradient(params, revive):
             def objective(params):
@@ -115,6 +115,7 @@ def make_step(
         }
         new = TrainState(
             step=state.step + 1,
+            key=state.key,
             params=precision.narrow(params, state.params, keys[0]),
             opt_state=precision.narrow(opt_state, state.opt_state, keys[1]),
             since_fired=since_fired,

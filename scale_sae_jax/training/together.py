@@ -29,7 +29,7 @@ from scale_sae_jax.training.step import make_step, repeated
 
 RUN, TOGETHER = "run", "together"  # axes of the mesh, and of `jax.vmap` on each of its devices
 # Where the axis of runs is in a state, and how it lies on the mesh.
-LEADING = state.TrainState(step=None, params=0, opt_state=0, since_fired=0, fvu=0, bad_step=0)
+LEADING = state.TrainState(None, *[0] * (len(state.TrainState._fields) - 1))
 ON_RUNS = PartitionSpec(RUN)
 PLACES = state.TrainState(EVERYWHERE, *[ON_RUNS] * (len(state.TrainState._fields) - 1))
 
@@ -70,13 +70,14 @@ def train_together(
     mean = np.asarray(activations.mean)
     with Checkpoints(folder, configs[0].keep_checkpoints) as checkpoints:
         now = follow(program, configs[0], mean, checkpoints, records, stop)
-    if int(now.step) < configs[0].steps:
-        return False
+        if int(now.step) < configs[0].steps:
+            return False
+        seconds = checkpoints.seconds(checkpoints.latest)
     for place, (config, workdir) in enumerate(zip(configs, workdirs, strict=True)):
         if int(now.bad_step[place]) < 0:
             with Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
                 if checkpoints.latest is None:
-                    checkpoints.save(_part(now, place))
+                    checkpoints.save(_part(now, place), seconds)
     return True
 
 
