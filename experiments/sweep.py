@@ -35,7 +35,7 @@ from experiments.console import Bars
 from scale_sae_jax import sweep
 from scale_sae_jax.company import check_together, company, train_company
 from scale_sae_jax.console import Console
-from scale_sae_jax.errors import UserError, telling
+from scale_sae_jax.errors import UnwrittenError, UserError, telling
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.sources import resolved
 from scale_sae_jax.training.interrupts import Interrupted, stop_requests
@@ -103,6 +103,8 @@ def run_cells(
                 results = sweep.run_cell(cell, workdir, stop, bars, shared)
             except Interrupted as stopped:
                 raise Interrupted(f"{cell.name}: {stopped}") from None
+            except UnwrittenError:  # nor can the next cell's be written
+                raise
             except Exception as error:  # one cell's: the others may do better
                 if processes.lost(error):
                     raise

@@ -101,7 +101,7 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
         if processes.any_of(stop.is_set()):
             raise Interrupted(f"harvest stopped at {done} of {total} activations")
 
-    with folders.held(path.with_name(f".{path.name}.lock"), console.note):
+    with folders.held(path.with_name(f".{path.name}.lock"), console.note, stop):
         unread = is_complete(path) and not (workdir / "checkpoints").exists()
         harvest(lm, config.text, resolved(config).activations, config.lm, path, progress)
         store = open_store(path)

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 from scale_sae_jax.config import Config, flatten, from_config_dict
 from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.parallel import processes
+from scale_sae_jax.training.interrupts import Interrupted
 
 # Settings that do not decide what the next step computes from the same state.
 FREE = (
@@ -70,7 +72,9 @@ def claim(config: Config, workdir: Path) -> list[str]:
     return remarks
 
 
-def lock(path: Path, wait: Callable[[str], None] | None = None) -> FileLock:
+def lock(
+    path: Path, wait: Callable[[str], None] | None = None, stop: Event | None = None
+) -> FileLock:
     """Keeps other programs from what the file stands for, until it is released or this one dies.
 
     Makes the folder of the file. Where it cannot, or the file system has no locks, nobody is kept
@@ -78,6 +82,7 @@ def lock(path: Path, wait: Callable[[str], None] | None = None) -> FileLock:
 
     Args:
       wait: told that another holds it, before waiting; without it UserError is raised.
+      stop: ends the waiting; nobody is kept out then.
     """
     held = FileLock(path)
     try:
@@ -89,17 +94,24 @@ def lock(path: Path, wait: Callable[[str], None] | None = None) -> FileLock:
                 "folder"
             ) from None
         wait(f"waiting for another process, which holds {path}")
-        held.acquire()
+        while not (stop is not None and stop.is_set()):
+            with contextlib.suppress(Timeout):
+                held.acquire(timeout=1)
+                break
     except (OSError, NotImplementedError):
         pass
     return held
 
 
 @contextlib.contextmanager
-def held(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """`lock` by the leading process, for all of this program."""
-    taken = processes.lead_alone(lambda: lock(path, wait))
+def held(
+    path: Path, wait: Callable[[str], None] | None = None, stop: Event | None = None
+) -> Iterator[None]:
+    """`lock` by the leading process, for all of this program. Interrupted if `stop` is set."""
+    taken = processes.lead_alone(lambda: lock(path, wait, stop))
     try:
+        if stop is not None and processes.any_of(stop.is_set()):
+            raise Interrupted(f"stopped before any work in {path.parent}")
         yield
     finally:
         if taken is not None:

@@ -37,6 +37,7 @@ from scale_sae_jax.sae.presets import preset
 from scale_sae_jax.text.sources import Document
 from scale_sae_jax.training import metrics
 from scale_sae_jax.training.checkpoints import Checkpoints
+from scale_sae_jax.training.interrupts import Interrupted
 from scale_sae_jax.training.metrics import read_lines
 
 SMALL = SyntheticConfig(
@@ -189,6 +190,16 @@ def test_a_second_program_waits_for_the_store(tmp_path):
 
     workdir.lock(tmp_path / "store.lock", wait).release()
     assert told == [f"waiting for another process, which holds {tmp_path / 'store.lock'}"]
+
+
+def test_a_request_to_stop_ends_the_waiting_for_another_program(tmp_path):
+    path, stop = tmp_path / "store.lock", Event()
+    other = workdir.lock(path)
+    with pytest.raises(Interrupted, match="before any work"):
+        with workdir.held(path, lambda line: stop.set(), stop):
+            raise AssertionError("went on without the lock")
+    other.release()
+    workdir.lock(path).release()  # nobody holds it
 
 
 def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path):

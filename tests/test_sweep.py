@@ -34,7 +34,7 @@ from scale_sae_jax import sweep
 from scale_sae_jax.activations.array import ActivationArray
 from scale_sae_jax.company import check_together, company
 from scale_sae_jax.config import Config, LMConfig, TextConfig, to_config_dict
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UnwrittenError, UserError
 from scale_sae_jax.sae import build
 from scale_sae_jax.sources import Heldout, Sources, open_sources, read_heldout
 from scale_sae_jax.sweep import axis, cell, product
@@ -272,6 +272,20 @@ def test_a_cell_that_fails_is_told_and_the_rest_go_on(tmp_path, fake, capsys, mo
     monkeypatch.setattr(sweep, "run", lambda *_: {"fvu": 0.0})
     assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
     assert not (tmp_path / "a-seed=13" / "error.txt").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_sweep(tmp_path, fake, monkeypatch):
+    """For the next cell's cannot be written either."""
+    grid, begun = fake_cells((0, 1), "a"), []
+
+    def full(config, folder, *_):
+        begun.append(folder.name)
+        raise UnwrittenError("no space left")
+
+    monkeypatch.setattr(sweep, "run", full)
+    with pytest.raises(UnwrittenError, match="no space left"):
+        command.run_cells(grid, grid, tmp_path, Event(), COMMAND)
+    assert begun == ["a-seed=0"]
 
 
 @pytest.fixture

@@ -316,12 +316,13 @@ def evaluate(
     totals = sum_metrics(jax.tree.map(np.sum, sums))
     draws = sum_metrics(resample(sums, bootstrap, seed))
     known = all(ids is not None for ids in token_ids)
+    decoder = processes.everywhere(sae.decoder(params))
     results = {
         **totals,
         **{f"{key}_ci95": interval(draws[key]) for key in WITH_INTERVAL},
         **sparsity.l0_percentiles(np.concatenate(l0)),
         **sparsity.density_metrics(firing, counts["eval_tokens"]),
-        **redundancy.redundancy_metrics(sae.decoder(params), firing > 0, sae.experts),
+        **redundancy.redundancy_metrics(decoder, firing > 0, sae.experts),
         **experts.expert_metrics(
             np.concatenate(token_ids) if known else None,
             np.concatenate(selected),

@@ -6,7 +6,6 @@ independent uniform directions are independent, so its largest cosine has the di
 F(t)^c, with F the distribution function of one cosine: (1 + cos) / 2 ~ Beta((D−1)/2, (D−1)/2).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,52 +22,59 @@ THRESHOLDS = (0.7, 0.8, 0.9)
 class MaxCosines(NamedTuple):
     """Largest cosine of each direction with another one; −inf where there is no other."""
 
-    intra: Array  # [n] among directions of the same expert
-    inter: Array  # [n] among directions of other experts
+    intra: np.ndarray  # [n] among directions of the same expert
+    inter: np.ndarray  # [n] among directions of other experts
 
 
-@partial(jax.jit, static_argnames="block")
 def max_cosines(
-    directions: Float[Array, "n D"], experts: Int[Array, " n"], block: int = 2048
+    directions: Float[Array | np.ndarray, "n D"],
+    experts: Int[Array | np.ndarray, " n"],
+    block: int = 2048,
 ) -> MaxCosines:
     """Largest cosines of n directions of any length, by blocks of the upper triangle.
+
+    Directions stay on the host; a device sees two blocks of them at a time.
 
     Args:
       directions: decoder rows.
       experts: expert of each row, >= 0.
-      block: rows a side of a block; the memory needed is a few block² floats.
+      block: rows a side of a block; the memory that a device needs is a few block² floats.
     """
+    directions = np.asarray(directions, np.float32)
     n, width = directions.shape
     block = min(block, max(n, 1))
-    blocks = max(-(-n // block), 1)
+    rows = -(-n // block) * block  # the last block is filled up with rows of no expert
+    norms = np.linalg.norm(directions, axis=-1, keepdims=True)
+    unit, expert = np.zeros((rows, width), np.float32), np.full(rows, -1, np.int32)
+    unit[:n] = directions / np.maximum(norms, np.finfo(np.float32).tiny)
+    expert[:n] = experts
+    best = MaxCosines(*np.full((2, rows), -np.inf, np.float32))
+    blocks = [slice(start, start + block) for start in range(0, rows, block)]
+    for place, i in enumerate(blocks):
+        for j in blocks[place:]:
+            sides = _largest(unit[i], unit[j], expert[i], expert[j], i == j)
+            for here, found in zip((i, j), jax.device_get(sides), strict=True):
+                for largest, new in zip(best, found, strict=True):
+                    largest[here] = np.maximum(largest[here], new)
+    return MaxCosines(*(largest[:n] for largest in best))
 
-    def blocked(a: Array, fill: int) -> Array:  # [n, ...] -> [blocks, block, ...]
-        padding = [(0, blocks * block - n)] + [(0, 0)] * (a.ndim - 1)
-        return jnp.pad(a, padding, constant_values=fill).reshape(blocks, block, *a.shape[1:])
 
-    norms = jnp.linalg.norm(directions, axis=-1, keepdims=True)
-    unit = blocked(directions / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny), 0)
-    expert = blocked(experts, -1)
-    index = blocked(jnp.arange(n), -1)
-
-    def visit(best: MaxCosines, pair: tuple[Array, Array]) -> tuple[MaxCosines, None]:
-        i, j = pair
-        cosine = jnp.matmul(unit[i], unit[j].T, precision=jax.lax.Precision.HIGHEST)
-        same = expert[i][:, None] == expert[j]
-        real = (index[i][:, None] >= 0) & (index[j] >= 0)
-        other = index[i][:, None] != index[j]
-        scopes = MaxCosines(intra=real & same & other, inter=real & ~same)
-
-        def update(best: Array, mask: Array) -> Array:
-            values = jnp.where(mask, cosine, -jnp.inf)
-            return best.at[i].max(values.max(axis=1)).at[j].max(values.max(axis=0))
-
-        return jax.tree.map(update, best, scopes), None
-
-    lowest = jnp.full((blocks, block), -jnp.inf, unit.dtype)
-    pairs = tuple(jnp.asarray(side) for side in np.triu_indices(blocks))
-    best, _ = jax.lax.scan(visit, MaxCosines(lowest, lowest), pairs)
-    return jax.tree.map(lambda b: b.reshape(-1)[:n], best)
+@jax.jit
+def _largest(
+    a: Float[Array, "B D"],
+    b: Float[Array, "B D"],
+    expert_a: Int[Array, " B"],
+    expert_b: Int[Array, " B"],
+    one_block: Bool[Array, ""],
+) -> tuple[MaxCosines, MaxCosines]:
+    """Of unit rows a with other rows b, and of b with a. Rows of expert −1 are none."""
+    cosine = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+    real = (expert_a[:, None] >= 0) & (expert_b >= 0)
+    real &= ~(one_block & jnp.eye(len(a), dtype=bool))  # no row is another than itself
+    same = expert_a[:, None] == expert_b
+    masked = [jnp.where(real & scope, cosine, -jnp.inf) for scope in (same, ~same)]
+    of_a, of_b = (MaxCosines(*(m.max(axis) for m in masked)) for axis in (1, 0))
+    return of_a, of_b
 
 
 def exceedance(
@@ -122,8 +128,7 @@ def redundancy_metrics(
     ids = np.flatnonzero(live)
     experts = ids // (n_latents // n_experts)  # [n]
     mates = np.bincount(experts, minlength=n_experts)[experts]  # [n] live latents of the expert
-    best = max_cosines(jnp.asarray(decoder)[ids], jnp.asarray(experts))
-    intra, inter = np.asarray(best.intra), np.asarray(best.inter)
+    intra, inter = max_cosines(np.asarray(decoder)[ids], experts)
     strangers = ids.size - mates
     inter_scope = slice(None) if n_experts > 1 else slice(0)
     return (

@@ -18,7 +18,7 @@ from scale_sae_jax.config import CHOICES, SAEConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.interop.plain import PlainSAE
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
-from scale_sae_jax.sae.registry import build
+from scale_sae_jax.sae.registry import build, has_experts
 
 BALANCE_RATE = 1e-3  # of an imported balance, should it be trained on; any but 0 keeps it
 
@@ -62,7 +62,7 @@ class ExpertSAE:
 def to_experts(sae: Autoencoder, params: Params) -> ExpertSAE:
     """The same function with the encoder's scaling and the input scale folded, float64."""
     c = sae.config
-    if c.architecture != "scale":
+    if not has_experts(c):
         raise UserError(f"architecture '{c.architecture}' has no experts: export it as it is")
     p = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
     scale = p.get("scale", np.float64(1))

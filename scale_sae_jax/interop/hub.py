@@ -9,6 +9,7 @@ from typing import Any
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.interop import files, sae_lens, sparsify
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
+from scale_sae_jax.sae.registry import has_experts
 
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WANTED = (sae_lens.CFG, sae_lens.WEIGHTS, sparsify.WEIGHTS)
@@ -66,7 +67,7 @@ def push_to_hub(
         root = Path(local)
         folder = files.inside(root, sae_id, "sae_id")
         sae_lens.save(sae, params, folder, metadata)
-        many = sae.config.architecture == "scale"
+        many = has_experts(sae.config)
         try:
             if api is None:
                 from huggingface_hub import HfApi  # here: it takes long to import

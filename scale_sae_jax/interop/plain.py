@@ -65,15 +65,15 @@ def to_plain(sae: Autoencoder, params: Params) -> PlainSAE:
     BatchTopK and Matryoshka at inference are JumpReLU with one constant threshold. Raises UserError
     for many experts: a router masks their latents, which no single dictionary does.
     """
-    architecture = sae.config.architecture
-    if architecture not in KINDS:
+    kind = KINDS.get(sae.config.architecture)
+    if kind is None:
         raise UserError(
-            f"architecture '{architecture}' with {sae.experts} experts is not one dictionary: a "
-            "router masks the latents of all but the selected experts; export it to sae_lens as "
-            "scale_moe"
+            f"architecture '{sae.config.architecture}' with {sae.experts} experts is not one "
+            "dictionary: a router masks the latents of all but the selected experts; export it to "
+            "sae_lens as scale_moe"
         )
     p = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
-    scale, kind = p["scale"], KINDS[architecture]
+    scale = p["scale"]
     plain = PlainSAE(
         kind=kind,
         k=sae.k,
@@ -84,11 +84,9 @@ def to_plain(sae: Autoencoder, params: Params) -> PlainSAE:
     )
     if kind == "gated":
         plain = dataclasses.replace(plain, r_mag=p["r_mag"], b_mag=scale * p["b_mag"])
-    elif architecture == "jumprelu":
-        plain = dataclasses.replace(plain, threshold=scale * np.exp(SPEED * p["log_threshold"]))
     elif kind == "jumprelu":
-        threshold = np.full(sae.latents, scale * p["threshold"])
-        plain = dataclasses.replace(plain, threshold=threshold)
+        own = np.exp(SPEED * p["log_threshold"]) if "log_threshold" in p else p["threshold"]
+        plain = dataclasses.replace(plain, threshold=scale * own * np.ones(sae.latents))
     return plain
 
 
@@ -107,16 +105,17 @@ def from_plain(plain: PlainSAE) -> tuple[Autoencoder, Params]:
         "b_dec": plain.b_dec,
         "scale": np.ones(()),
     }
-    architecture = plain.kind
+    architecture, penalty = plain.kind, {"penalty": np.ones(())}
     if plain.kind == "jumprelu" and np.ptp(plain.threshold) == 0:
         architecture = "batchtopk"
         params["threshold"] = plain.threshold[0]
     elif plain.kind == "jumprelu":
-        params["log_threshold"] = np.log(np.maximum(plain.threshold, LEAST_THRESHOLD)) / SPEED
+        threshold = np.maximum(plain.threshold, LEAST_THRESHOLD)
+        params |= {"log_threshold": np.log(threshold) / SPEED} | penalty
     elif plain.kind == "gated":
-        params |= {"r_mag": plain.r_mag, "b_mag": plain.b_mag}
-    if architecture in ("relu", "jumprelu", "gated"):
-        params["penalty"] = np.ones(())
+        params |= {"r_mag": plain.r_mag, "b_mag": plain.b_mag} | penalty
+    elif plain.kind == "relu":
+        params |= penalty
     config = SAEConfig(
         architecture=architecture,
         latents=plain.latents,

@@ -18,6 +18,7 @@ from scale_sae_jax.interop import files
 from scale_sae_jax.interop.experts import ExpertSAE, from_experts, one_expert, to_experts
 from scale_sae_jax.interop.plain import PlainSAE, from_plain, to_plain
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
+from scale_sae_jax.sae.registry import has_experts
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FORMAT = "6.54.12"  # the SAELens whose layout this is
@@ -70,7 +71,7 @@ def describe(
     sae: Autoencoder, params: Params, metadata: Mapping[str, Any], expert: int | None = None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """cfg.json and the tensors, by SAELens' names."""
-    if sae.config.architecture == "scale":
+    if has_experts(sae.config):
         given = to_experts(sae, params)
         if expert is None:
             return _describe_experts(given, metadata)

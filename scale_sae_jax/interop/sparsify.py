@@ -16,6 +16,7 @@ from scale_sae_jax.interop import files
 from scale_sae_jax.interop.experts import one_expert, to_experts
 from scale_sae_jax.interop.plain import PlainSAE, from_plain, to_plain
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
+from scale_sae_jax.sae.registry import has_experts
 
 CFG, WEIGHTS = "cfg.json", "sae.safetensors"
 KIND = "a sparsify folder"
@@ -38,7 +39,7 @@ def save(
 
     Raises UserError for any but TopK: sparsify has no other rule by which latents survive.
     """
-    if expert is None and sae.config.architecture == "scale":
+    if expert is None and has_experts(sae.config):
         raise UserError(
             "many experts are not one TopK SAE: a router masks the latents of all but the selected "
             "experts; write the decoder alone (decoder_only), or export to sae_lens as scale_moe"

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -96,11 +97,10 @@ class Checkpoints:
 
     def restore_params(self, step: int, target: Params) -> Params:
         """The parameters alone: of the moments, twice as large, nothing is read."""
-        partial = ocp.options.PyTreeOptions(
-            loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
-        )
-        with _readable(self._folder / str(step)), ocp.Context(pytree_options=partial):
-            return self._orbax.load(step, {"params": target})["params"]
+        with _readable(self._folder / str(step)):
+            stored = self._orbax.metadata(step).metadata
+            unread = jax.tree.map(lambda _: ocp.PLACEHOLDER, stored)
+            return self._orbax.load(step, unread | {"params": target})["params"]
 
     def width(self, step: int) -> int:
         """D of the stored autoencoder, from the shape of b_dec. Raises UserError if damaged."""
