@@ -1,5 +1,7 @@
 """Gemma Scope's params.npz: read back by its own formulas."""
 
+import errno
+
 import numpy as np
 import pytest
 from saes import L, assert_same, experts, plain, run
@@ -28,3 +30,13 @@ def test_what_is_no_jumprelu_is_refused(tmp_path):
         with pytest.raises(UserError, match=reason):
             gemma_scope.save(sae, params, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sae, params, _ = plain("relu")
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(UserError, match="params.npz cannot be written: No space left"):
+        gemma_scope.save(sae, params, tmp_path / "out")

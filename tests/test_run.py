@@ -217,6 +217,15 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(tmp_path, monkeypatch):
     assert begun[0] == begun[1] and begun[0]["id"] and begun[0]["resume"] == "allow"
 
 
+def test_a_refusal_of_wandb_is_told(tmp_path, monkeypatch):
+    def init(**_):
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(UserError, match="api_key not configured .no-tty.; log in with 'wandb lo"):
+        run(dataclasses.replace(CONFIG, wandb=True), tmp_path / "run", Event())
+
+
 def test_wandb_that_is_not_installed_is_told_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):

@@ -229,6 +229,19 @@ def test_writer_appends_complete_lines_at_once(tmp_path):
     assert found == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
 
 
+def test_records_that_cannot_be_written_are_told(tmp_path):
+    message = refusal(lambda: metrics.MetricsWriter(tmp_path / "absent", 0, None))
+    assert "absent: No such file" in message
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+
+    def write():
+        with metrics.MetricsWriter(tmp_path, 0, None) as writer:
+            writer.write({"step": 1})
+
+    message = refusal(write)
+    assert f"{tmp_path}: No space left on device; make room, then the same command" in message
+
+
 # Checkpoints
 
 

@@ -18,6 +18,7 @@ from scale_sae_jax.errors import UserError, telling
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SPARE_BYTES = 2**20
+REMEDY = "make room, or name another folder"  # where a file cannot be written
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -143,7 +144,7 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with telling(f"{path} cannot be written", "make room, or name another folder"):
+    with telling(f"{path} cannot be written", REMEDY):
         path.write_bytes(content)
 
 

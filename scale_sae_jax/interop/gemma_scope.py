@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from scale_sae_jax.errors import telling
 from scale_sae_jax.interop import files
 from scale_sae_jax.interop.plain import as_jumprelu, not_centred, to_plain
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
@@ -34,4 +35,5 @@ def save(sae: Autoencoder, params: Params, folder: Path) -> None:
     }
     arrays = files.finite(tensors, str(folder / WEIGHTS))
     files.fresh(folder)
-    np.savez(folder / WEIGHTS, **arrays)
+    with telling(f"{folder / WEIGHTS} cannot be written", files.REMEDY):
+        np.savez(folder / WEIGHTS, **arrays)

@@ -1,5 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard, and Weights & Biases if asked."""
 
+import contextlib
 import json
 import uuid
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -38,27 +39,38 @@ class MetricsWriter:
     """Writes records, one a logging step, to every sink. A context manager."""
 
     def __init__(self, workdir: Path, resumed_step: int, wandb_config: dict | None):
-        self._file = open(workdir / "metrics.jsonl", "a", buffering=1)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step or None)
+        self._workdir = workdir
         self._wandb = _start_wandb(workdir, wandb_config) if wandb_config is not None else None
+        with self._telling():
+            self._file = open(workdir / "metrics.jsonl", "ab", buffering=0)
+            self._board = SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=resumed_step or None
+            )
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._board.close()
+        with self._telling():
+            self._file.close()
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def write(self, record: dict[str, Any]) -> None:
         """`record` holds `step` and numbers."""
-        self._file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name != "step":
-                self._board.add_scalar(name, value, record["step"])
+        with self._telling():
+            self._file.write((json.dumps(record) + "\n").encode())
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, record["step"])
         if self._wandb is not None:
             self._wandb.log(record, step=record["step"])
+
+
+    def _telling(self) -> contextlib.AbstractContextManager:
+        remedy = "make room, then the same command goes on from the last checkpoint"
+        return telling(f"records cannot be written to {self._workdir}", remedy)
 
 
 def import_wandb() -> Any:
@@ -76,4 +88,10 @@ def _start_wandb(workdir: Path, settings: dict):
     if not path.exists():
         path.write_text(uuid.uuid4().hex)
     known = {"id": path.read_text().strip(), "name": workdir.name, "config": settings}
-    return import_wandb().init(dir=str(workdir), resume="allow", **known)
+    try:
+        return import_wandb().init(dir=str(workdir), resume="allow", **known)
+    except Exception as error:  # its own, of the network, of its service
+        raise UserError(
+            f"Weights & Biases does not begin: {str(error)[:200] or type(error).__name__}; log in "
+            "with 'wandb login', set WANDB_MODE=offline, or leave config.wandb out"
+        ) from error
