@@ -61,7 +61,7 @@ def firing_rates(config: SyntheticConfig) -> Float[np.ndarray, " F"]:
 
 
 def candidate_rates(config: SyntheticConfig) -> Float[np.ndarray, " F"]:
-    """P(candidate), by step 2 above."""
+    """P(candidate), by step 2 of `synthetic.py`."""
     nominal, starts = firing_rates(config), levels(config)
     rates = nominal.copy()
     for start, stop, end in zip(starts, starts[1:-1], starts[2:-1], strict=False):
