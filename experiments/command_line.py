@@ -30,6 +30,7 @@ def start(
     """
 
     def parse(argv: list[str]) -> list[str]:
+        argv = [re.sub(r"^(--[\w.]+=)(~/.*)", _at_home, word) for word in argv]
         try:
             _refuse_unknown_settings(argv)
             before = set(FLAGS)
@@ -74,6 +75,11 @@ def start(
         app.run(body, flags_parser=parse)
     except UserError as error:
         fail(str(error))
+
+
+def _at_home(given: re.Match) -> str:
+    """A value that starts with ~/, which shells leave as it is behind a = sign."""
+    return given[1] + os.path.expanduser(given[2])
 
 
 def _list_in_help(names: set[str]) -> None:

@@ -13,7 +13,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from absl import flags
 
@@ -21,6 +20,7 @@ from experiments import command_line
 from scale_sae_jax.activations.array import map_array
 from scale_sae_jax.config import Config, from_config_dict
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.files import local
 from scale_sae_jax.lm import inspect_language_model
 from scale_sae_jax.parallel.mesh import parse_mesh
 from scale_sae_jax.parallel.plan import Plan, plan
@@ -46,7 +46,7 @@ def width_of(config: Config) -> int:
     if FLAGS.d or config.synthetic.features:
         return FLAGS.d or config.synthetic.d
     if config.activations.is_array:
-        return map_array(Path(config.activations.path).expanduser()).shape[1]
+        return map_array(local(config.activations.path)).shape[1]
     try:
         return inspect_language_model(config.lm).width
     except UserError as error:

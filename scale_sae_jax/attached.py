@@ -27,6 +27,7 @@ from scale_sae_jax.activations.store import MANIFEST, read_manifest
 from scale_sae_jax.config import ActivationsConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation.evaluator import kept_tokens
+from scale_sae_jax.files import local
 from scale_sae_jax.lm.load import LanguageModel, load_language_model
 from scale_sae_jax.run import load
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
@@ -278,7 +279,7 @@ def attach_run(path: str | Path, step: int | str = "latest") -> Attached:
 
     Raises UserError when the folder holds no run with a language model, or no such checkpoint.
     """
-    workdir = Path(path)
+    workdir = local(path)
     config = read_config(workdir)
     if not config.lm.path:
         raise UserError(f"{workdir} was trained without a language model: there is none to attach")

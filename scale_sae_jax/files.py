@@ -1,10 +1,10 @@
-"""Where a named model or tokenizer lies: a local path, an installed distribution, or the hub."""
+"""Where what the user names lies: a local path, an installed distribution, or the hub."""
 
 import importlib.metadata
 import re
 from pathlib import Path
 
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 
 PACKAGE = "package:"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -23,12 +23,27 @@ def locate(name: str, setting: str, hub_files: tuple[str, ...]) -> Path:
     """
     if name.startswith(PACKAGE):
         return package_file(name.removeprefix(PACKAGE), ".gguf")
-    path = Path(name).expanduser()
+    path = local(name)
     if path.exists():
         return path
     if not _HUB_NAME.fullmatch(name) or name.startswith(".") or path.suffix in (".gguf", ".json"):
         raise UserError(f"{setting}: there is no file or folder {name}{looked_from(path)}")
     return _download(name, setting, hub_files)
+
+
+def local(name: str | Path) -> Path:
+    """The local path of that name, from the home folder if it starts with ~.
+
+    Raises UserError for a name that no path can have, and one that may not be looked at.
+    """
+    shown = str(name)[:100]
+    with telling(f"'{shown}' cannot be looked for"):
+        try:
+            path = Path(name).expanduser()
+        except RuntimeError:
+            raise UserError(f"'{shown}' starts with ~ and a name that is no user's") from None
+        path.exists()
+    return path
 
 
 def looked_from(path: Path) -> str:

@@ -11,7 +11,7 @@ from saes import assert_same_function, experts, plain, run
 
 import scale_sae_jax
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.interop import hub, sae_lens, sparsify
+from scale_sae_jax.interop import hub, origin, sae_lens, sparsify
 from scale_sae_jax.parallel.mesh import make_mesh
 
 
@@ -105,9 +105,23 @@ def test_names_and_failures_are_told_in_one_line(local, tmp_path):
         hub.push_to_hub(sae, params, "someone/saes", "layers.8", api=local)
 
 
-def test_load_finds_the_format_of_a_folder(tmp_path):
+def test_names_of_folders_are_not_made_public(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/model").mkdir(parents=True)
+    for hub_name in ("gpt2", "EleutherAI/pythia-70m", "nobody/has.such-v1.5"):
+        assert origin.public_name(hub_name) == hub_name
+    for path in ("mine/model", "/a/model", "../a/model", "~/a/model", "~nobody/model",
+                 "gone/since/model"):
+        assert origin.public_name(path) == "model"
+    assert origin.public_name("secret/notes.jsonl") == "notes.jsonl"
+    assert origin.public_name("package:pydoc") == "pydoc"
+
+
+def test_load_finds_the_format_of_a_folder(tmp_path, monkeypatch):
     sae, params, x = plain("topk")
     sae_lens.save(sae, params, tmp_path / "lens/one")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert_same_function((sae, params), scale_sae_jax.load("~/lens/one"), x)
     sparsify.save(sae, params, tmp_path / "sparse", "layers.8")
     for path in ("lens", "lens/one", "sparse", "sparse/layers.8"):
         assert_same_function((sae, params), scale_sae_jax.load(tmp_path / path), x)

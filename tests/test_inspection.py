@@ -14,7 +14,7 @@ from scale_sae_jax import UserError
 from scale_sae_jax.config import LMConfig, SAEConfig
 from scale_sae_jax.evaluation.evaluator import EvalBatch
 from scale_sae_jax.evaluation.redundancy import max_cosines
-from scale_sae_jax.inspection import look
+from scale_sae_jax.inspection import directions, look
 from scale_sae_jax.inspection.contexts import OUTSIDE, Plan, nothing_read, read, spread
 from scale_sae_jax.inspection.directions import nearest, plane
 from scale_sae_jax.inspection.profiles import profiles, routed
@@ -128,7 +128,8 @@ def test_nearest_agrees_with_the_evaluators_redundancy_over_several_blocks():
     np.testing.assert_allclose(found.inter_cosine[:, 0], best.inter, atol=1e-6)
 
 
-def test_the_plane_keeps_two_principal_axes_and_puts_twins_together():
+def test_the_plane_keeps_two_principal_axes_and_puts_twins_together(monkeypatch):
+    monkeypatch.setattr(directions, "BLOCK", 7)  # of 30 live ones
     rng = np.random.default_rng(0)
     decoder = rng.normal(size=(40, 6)) * np.array([3, 2, 1, 1, 1, 1])
     decoder[1] = 5 * decoder[0]

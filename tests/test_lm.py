@@ -15,6 +15,7 @@ from scale_sae_jax.lm import (
     ModelSummary,
     inspect_language_model,
     load_language_model,
+    weights,
 )
 from scale_sae_jax.lm.attention import attention_mask, segment_positions
 
@@ -279,6 +280,7 @@ def test_sizes_that_do_not_fit_name_the_tensor(tmp_path):
     ("kind", "changes", "message"),
     [
         ("gpt2", {"model_type": "bert"}, "'bert' is not supported"),
+        ("gpt2", {"model_type": ["gpt2"]}, "no model config with a model_type"),
         ("gpt2", {"activation_function": "relu"}, "'relu' is not supported"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "layer-scaled"),
         ("llama", {"attention_bias": True}, "biases"),
@@ -340,3 +342,21 @@ def test_hub_failure_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="--config.lm.path=FOLDER") as caught:
         load("someone/some-model")
     assert "\n" not in str(caught.value)
+
+
+def test_of_a_large_file_samples_from_end_to_end_are_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "HASHED_BYTES", 100)
+    monkeypatch.setattr(weights, "SAMPLES", 5)
+    monkeypatch.setattr(weights, "SAMPLE_BYTES", 8)
+    path = tmp_path / "model.safetensors"
+    content = bytes(range(200))
+
+    def digest(changed=()):
+        path.write_bytes(bytes(0xFF - b if i in changed else b for i, b in enumerate(content)))
+        return weights.digest([path])
+
+    whole = digest()
+    samples = {i for start in (0, 48, 96, 144, 192) for i in range(start, start + 8)}
+    assert samples == {i for i in range(200) if digest([i]) != whole}
+    monkeypatch.setattr(weights, "HASHED_BYTES", 200)
+    assert digest() != whole and digest([20]) != digest()

@@ -98,6 +98,23 @@ def test_heaviside_gives_every_selected_expert_weight_one():
     close(np.sort(np.asarray(sae.encode(params, x).values))[:, ::-1], best)
 
 
+def test_what_is_not_known_is_not_left_out():
+    _, state = load("scale_e2")
+    unused = {"beta": np.ones(4), "lp_transform_decoder.weight": np.ones((3, 3))}
+    from_state_dict(state | unused, k=4, active=2)
+    for name in ("expert_modules.99.decoder", "lp_transform_encoder.bias"):
+        with pytest.raises(UserError, match=f"has a tensor '{name}' that"):
+            from_state_dict(state | {name: np.ones(3)}, k=4, active=2)
+
+
+def test_torch_tensors_in_bfloat16():
+    torch = pytest.importorskip("torch")
+    _, state = load("scale_e2")
+    rounded = {name: torch.tensor(array).bfloat16() for name, array in state.items()}
+    _, params = from_state_dict(rounded, k=4, active=2)
+    np.testing.assert_array_equal(params["b_dec"], rounded["b_dec"].float().numpy())
+
+
 def test_original_switch_layout():
     rng = np.random.default_rng(0)
     n, m, d, k = 4, 6, 10, 3

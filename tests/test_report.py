@@ -52,7 +52,8 @@ def test_pareto_front_is_what_nothing_beats(points):
     }
 
 
-def test_similarity_of_experts_by_hand():
+def test_similarity_of_experts_by_hand(monkeypatch):
+    monkeypatch.setattr(figures, "BLOCK", 5)  # of 12
     rng = np.random.default_rng(0)
     decoder = rng.normal(size=(3, 4, 5))
     decoder[2, 1] = 2 * decoder[0, 3]  # a twin in another expert
@@ -84,6 +85,9 @@ def test_figures_show_arms_and_leave_out_what_is_not_there():
     rows = [row | {"other_fvu": 0.5 if row["preset"] == "a" else None} for row in ROWS]
     (axes,) = figures.generalisation(arms_of(rows, apart(AXES))).axes
     assert [len(line.get_xdata()) for line in axes.get_lines()[::3]] == [4, 2]
+    texts = {f"{name}_fvu": 0.5 for name in "abcdefghi"}
+    (axes,) = figures.generalisation(arms_of([row | texts for row in ROWS], apart(AXES))).axes
+    assert points_of(axes) == 10 * [4]
     assert figures.along(ROWS[:3], AXES, "k") is None and figures.similarity({}) is None
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
@@ -26,7 +28,7 @@ def make_store(folder, dtype="bfloat16", sizes=(5, 3, 4)):
     bits = x if dtype == "float32" else x.astype(ml_dtypes.bfloat16).view(np.uint16)
     parts = np.split(bits, np.cumsum(sizes)[:-1])
     shards = tuple(store.write_shard(folder, i, part) for i, part in enumerate(parts))
-    counts = store.Counts(tokens_seen=20, padding=8, kept=12)
+    counts = store.Counts(tokens_seen=len(x) + 8, padding=8, kept=len(x))
     manifest = store.Manifest("tiny", {}, "f" * 64, dtype, D, 1.5, counts, shards, complete=True)
     store.write_array(folder / store.MEAN, x.mean(axis=0))
     store.write_array(folder / store.DOCUMENTS, np.array([3, 2**64 - 1], np.uint64))
@@ -50,6 +52,23 @@ def test_rows_across_shards(tmp_path, dtype):
     for bad in ([12], [-1]):
         with pytest.raises(IndexError):
             opened.rows(np.array(bad))
+
+
+def test_a_store_of_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
+    x = make_store(tmp_path, "float32", sizes=(1,) * 400)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "_allow_open", lambda files: None)
+            with pytest.raises(UserError, match="Too many open files; allow more") as caught:
+                store.open_store(tmp_path)
+            assert "delete" not in str(caught.value)
+        opened = store.open_store(tmp_path)
+        assert (opened.rows(np.arange(400)) == x).all()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_every_bfloat16_survives():

@@ -73,6 +73,10 @@ def test_jsonl_and_parquet_read_alike(tmp_path):
         assert texts(path, field="topic")[0] == "Biology and health sciences"
         assert next(open_documents(TextConfig(path=str(path)))).id == "x"
     assert texts(tmp_path) == ["one", "two", "three"] * 2  # the folder, sorted
+    (tmp_path / "c.parquet").mkdir()  # as Spark writes one
+    parquet.rename(tmp_path / "c.parquet" / "part-0.parquet")
+    assert texts(tmp_path) == ["one", "two", "three"] * 2
+    assert len(sources.identity(TextConfig(path=str(tmp_path)))) == 2
 
 
 def test_lone_surrogate_becomes_valid_text(tmp_path):
@@ -103,6 +107,8 @@ def test_lone_surrogate_becomes_valid_text(tmp_path):
         ({"path": "empty.txt"}, "holds no document"),
         ({"path": "broken.parquet"}, "not a readable Parquet file"),
         ({"path": "folder"}, "folder without any"),
+        ({"path": "The cell divides. " * 20}, "'The cell .* cannot be looked for: File name too"),
+        ({"path": "~nobody-of-that-name/a.txt"}, "a name that is no user's"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, monkeypatch, options, message):

@@ -122,14 +122,16 @@ def test_json_file_and_folder_agree(tmp_path):
 
 
 def test_sentencepiece_style_tokens_keep_their_space(tmp_path):
-    vocab = {"<unk>": 0, "<s>": 1, "▁the": 2, "the": 3}
+    vocab = {"<unk>": 0, "<s>": 1, "▁the": 2, "the": 3, "▁": 4, "▁▁▁": 5}
     backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     backend.add_special_tokens(["<unk>", "<s>"])
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(LMConfig(tokenizer=str(tmp_path / "tokenizer.json")))
-    assert [tokenizer.token_string(i) for i in (2, 3)] == [" the", "the"]
+    assert [tokenizer.token_string(i) for i in (2, 3, 4, 5)] == [" the", "the", " ", "   "]
+    # An argument that is not UTF-8 comes with a surrogate.
+    assert tokenizer.encode_batch(["the \udcff"]) == tokenizer.encode_batch(["the ?"])
     assert tokenizer.bos_id == 1
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 
 from scale_sae_jax.activations.masks import outliers
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.files import looked_from
+from scale_sae_jax.files import local, looked_from
 
 CHUNK_ROWS = 8192
 
@@ -62,7 +62,7 @@ def open_array(
       UserError: if the file is missing or no such array, holds a NaN or an infinity, has too few
         rows for both parts, or one and the same row to train on.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     array = map_array(path)
     heldout = int(len(array) * heldout_fraction)
     training = len(array) - heldout

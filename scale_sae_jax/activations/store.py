@@ -12,6 +12,7 @@ Every file is replaced whole, so a reader never sees half of one.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MEAN = "mean.npy"
 DOCUMENTS = "documents.npy"
+OPEN_FILES = 2**16  # asked of the system where shards are many
 SHARD = r"(part-\d{5,}/)?shard-\d{5,}\.npy"
 STORED = {"bfloat16": np.dtype(np.uint16), "float32": np.dtype(np.float32)}
 
@@ -150,6 +152,7 @@ def open_store(path: str | Path) -> ActivationStore:
     manifest = read_manifest(path)
     if not manifest.complete:
         raise UserError(f"{path}: the harvest did not finish; run it again, it goes on from there")
+    _allow_open(len(manifest.shards))
     shards = tuple(load_shard(path, manifest, shard) for shard in manifest.shards)
     mean = _load(path / MEAN)
     if mean.shape != (manifest.d,) or mean.dtype != np.float32:
@@ -237,7 +240,9 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**fields, shards=shards, counts=counts)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no activations: there is no {MANIFEST}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise _damaged(path, "it is not a manifest") from None
     if version != FORMAT:
         raise UserError(f"{folder} has format {version}, not {FORMAT}: harvest again")
@@ -272,8 +277,26 @@ def _load(path: Path) -> np.memmap:
         return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise _damaged(path, "it is missing") from None
-    except (OSError, ValueError, EOFError, OverflowError):
+    except OSError as error:
+        remedy = "; allow more (ulimit -n), or harvest into larger files (activations.shard_rows)"
+        too_many = remedy if error.errno == errno.EMFILE else ""
+        raise UserError(f"{path} cannot be read: {error.strerror or error}{too_many}") from None
+    except (ValueError, EOFError, OverflowError):
         raise _damaged(path, "it is not a whole .npy file") from None
+
+
+def _allow_open(files: int) -> None:
+    """Lets this process have so many more files open, as each mapped shard is one, if it may."""
+    try:
+        import resource
+    except ImportError:  # a system without such a limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    few = soft != resource.RLIM_INFINITY and soft < 4 * files  # what else is open needs some too
+    if few and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _damaged(path: Path, reason: str) -> UserError:

@@ -66,13 +66,15 @@ def plane(decoder: Float[Array | np.ndarray, "M D"], live: Bool[np.ndarray, " M"
     The inner product of unit directions is their cosine, so this is the plane that keeps most of
     the matrix of (centred) decoder cosines.
     """
-    unit = np.asarray(_unit(jnp.asarray(decoder)), np.float64)
-    among = unit[live] if live.any() else unit
-    mean = among.mean(0)
-    powers, axes = np.linalg.eigh((among - mean).T @ (among - mean))
+    unit = np.asarray(_unit(jnp.asarray(decoder)))
+    among = np.flatnonzero(live) if live.any() else np.arange(len(unit))
+    blocks = [among[start : start + BLOCK] for start in range(0, len(among), BLOCK)]
+    mean = sum(unit[ids].sum(0, dtype=np.float64) for ids in blocks) / len(among)
+    centred = (unit[ids] - mean for ids in blocks)
+    powers, axes = np.linalg.eigh(sum(rows.T @ rows for rows in centred))
     axes = axes[:, ::-1][:, :2]
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
-    xy = (unit - mean) @ axes
+    xy = unit @ axes - mean @ axes
     share = powers[::-1][:2].sum() / max(powers.sum(), np.finfo(float).tiny)
     return Plane(xy / max(np.abs(xy).max(), np.finfo(float).tiny), float(share))
 

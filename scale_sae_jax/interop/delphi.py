@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.evaluation.evaluator import EvalBatch, kept_tokens
 from scale_sae_jax.interop import files
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
@@ -123,8 +123,10 @@ class CacheWriter:
         self.fired += len(activations)
 
     def _append(self, edges: tuple[int, int], name: str, array: np.ndarray) -> None:
-        with self._partial(edges, name).open("ab") as file:
-            file.write(array.tobytes())
+        path = self._partial(edges, name)
+        with telling(f"{path} cannot be written", "make room, or name another folder"):
+            with path.open("ab") as file:
+                file.write(array.tobytes())
 
     def _partial(self, edges: tuple[int, int], name: str) -> Path:
         start, end = edges

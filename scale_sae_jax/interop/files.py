@@ -18,7 +18,6 @@ from scale_sae_jax.errors import UserError, telling
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SPARE_BYTES = 2**20
-REMEDY = "make room, or name another folder"  # where a file cannot be written
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -87,12 +86,15 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     # A view may repeat a number without end; what is copied below must have come from the file.
     if sum(t.numel() * t.element_size() for t in state.values()) > 2 * size + SPARE_BYTES:
         raise UserError(f"{path} has tensors larger than the file: not read")
-    return {str(name): _numpy(tensor) for name, tensor in state.items()}
+    return {str(name): as_numpy(tensor) for name, tensor in state.items()}
 
 
-def _numpy(tensor: Any) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+def as_numpy(array: Any) -> np.ndarray:
+    """An array of NumPy or JAX, or a torch tensor, of which floats become float32."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array
+    return np.asarray(array)
 
 
 def take(
@@ -140,12 +142,17 @@ def finite(tensors: Tensors, target: str) -> dict[str, np.ndarray]:
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
     """A .safetensors file, readable to whom files here are; `save_file` makes it the owner's."""
-    _write(path, save(dict(tensors)))
+    write_bytes(path, save(dict(tensors)))
 
 
-def _write(path: Path, content: bytes) -> None:
-    with telling(f"{path} cannot be written", REMEDY):
-        path.write_bytes(content)
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes the file, or nothing. Raises UserError if the system refuses."""
+    with telling(f"{path} cannot be written", "make room, or name another folder"):
+        try:
+            path.write_bytes(content)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def read_object(path: Path, kind: str) -> dict[str, Any]:
@@ -195,4 +202,4 @@ def inside(root: Path, name: str, what: str) -> Path:
 
 
 def write_object(path: Path, values: Mapping[str, Any]) -> None:
-    _write(path, (json.dumps(values, indent=2) + "\n").encode())
+    write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())

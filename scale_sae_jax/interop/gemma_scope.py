@@ -5,11 +5,11 @@
 x is not centred there, so b_dec W_enc goes into the encoder's bias.
 """
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
-from scale_sae_jax.errors import telling
 from scale_sae_jax.interop import files
 from scale_sae_jax.interop.plain import as_jumprelu, not_centred, to_plain
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
@@ -35,5 +35,6 @@ def save(sae: Autoencoder, params: Params, folder: Path) -> None:
     }
     arrays = files.finite(tensors, str(folder / WEIGHTS))
     files.fresh(folder)
-    with telling(f"{folder / WEIGHTS} cannot be written", files.REMEDY):
-        np.savez(folder / WEIGHTS, **arrays)
+    content = BytesIO()
+    np.savez(content, **arrays)
+    files.write_bytes(folder / WEIGHTS, content.getvalue())

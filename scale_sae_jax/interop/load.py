@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from scale_sae_jax import run
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.files import local
 from scale_sae_jax.interop import dictionary_learning, hub, sae_lens, sparsify
 from scale_sae_jax.parallel.experts import on_mesh
 from scale_sae_jax.parallel.mesh import param_specs, placed
@@ -30,7 +31,7 @@ def load(
     """
     folder = _folder(path)
     if folder is None:
-        return run.load(path, step, mesh)
+        return run.load(local(path), step, mesh)
     if step != "latest":
         raise UserError(f"{path} is not the folder of a run, and has no checkpoint {step}")
     sae, params = _reader(folder).load(folder)
@@ -47,16 +48,16 @@ def _reader(folder: Path) -> ModuleType:
 
 def _folder(path: str | Path) -> Path | None:
     """The folder of an autoencoder of another library; None for what must be a run."""
-    local = Path(path)
-    if not local.exists():
+    folder = local(path)
+    if not folder.exists():
         name = hub.split_name(str(path))
         return hub.fetch(*name) if name else None
-    if (local / sae_lens.CFG).is_file() or (local / dictionary_learning.WEIGHTS).is_file():
-        return local
-    if (local / "config.json").is_file():
+    if (folder / sae_lens.CFG).is_file() or (folder / dictionary_learning.WEIGHTS).is_file():
+        return folder
+    if (folder / "config.json").is_file():
         return None
-    inner = sorted(child.parent for child in local.glob(f"*/{sae_lens.CFG}"))
+    inner = sorted(child.parent for child in folder.glob(f"*/{sae_lens.CFG}"))
     if len(inner) > 1:
-        names = ", ".join(folder.name for folder in inner[:8])
-        raise UserError(f"{local} holds {len(inner)} autoencoders ({names}): name one of them")
+        names = ", ".join(child.name for child in inner[:8])
+        raise UserError(f"{folder} holds {len(inner)} autoencoders ({names}): name one of them")
     return inner[0] if inner else None

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from scale_sae_jax.config import Config
-from scale_sae_jax.files import PACKAGE
+from scale_sae_jax.files import PACKAGE, local
+
+FILES = (".gguf", ".json", ".jsonl", ".txt", ".parquet", ".gz")  # no ends of a hub name
 
 
 def metadata(config: Config) -> dict[str, Any]:
@@ -28,5 +30,6 @@ def hookpoint(config: Config) -> str:
 def public_name(path: str) -> str:
     """A hub name as it is, of a local path its last part: folders are nobody's business."""
     path = path.removeprefix(PACKAGE)
-    local = Path(path).expanduser()
-    return local.name if local.exists() or local.is_absolute() or path.startswith(".") else path
+    place = Path(path)
+    is_local = path[:1] in ("/", ".", "~") or path.count("/") > 1 or local(path).exists()
+    return place.name if is_local or place.suffix in FILES else path

@@ -19,10 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.interop.files import read_tensors, take
+from scale_sae_jax.interop.files import as_numpy, read_tensors, refuse_others, take
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.sae.presets import preset
 from scale_sae_jax.sae.registry import build
+
+EXPERT = ("encoder.weight", "encoder.bias", "decoder")
+SHARED = {"gate.weight", "gate.bias", "b_gate", "b_dec", "omega", "lp_transform_encoder.weight"}
+SWITCH = {"encoder.weight", "decoder", "b_dec", "router.weight", "router.bias", "b_router"}
 
 
 def from_state_dict(
@@ -31,17 +35,18 @@ def from_state_dict(
     """An autoencoder that computes what the published module with these weights computes.
 
     Args:
-      state: tensor name to array (NumPy, JAX, or a CPU torch tensor without gradient).
+      state: tensor name to array (NumPy, JAX, or a torch tensor). `beta` and
+        `lp_transform_decoder.*`, which nothing uses, may be among them.
       k: L0 of the checkpoint. active: its selected experts e. heaviside: the authors' switch that
         gives every selected expert weight 1.
 
-    Raises UserError for a tensor that is missing, of a wrong shape or not finite, and for k and
-    active that do not fit.
+    Raises UserError for a tensor that is missing, of a wrong shape, not finite or not known, and
+    for k and active that do not fit.
     """
     for name, value in (("k", k), ("active", active)):
         if value < 1:
             raise UserError(f"{name} = {value} must be at least 1: give the checkpoint's own")
-    arrays = {name: np.asarray(value) for name, value in state.items()}
+    arrays = {name: as_numpy(value) for name, value in state.items()}
     if "router.weight" in arrays:
         config, params = _switch(arrays, k, active)
     else:
@@ -73,6 +78,9 @@ def _many_experts(arrays: dict[str, np.ndarray], k: int, active: int):
     first = take(arrays, "expert_modules.0.encoder.weight", (None, d))
     m = first.shape[0]
     experts = [f"expert_modules.{i}" for i in range(n)]
+    known = {f"{e}.{part}" for e in experts for part in EXPERT}
+    unused = {name for name in arrays if name == "beta" or name.startswith("lp_transform_decoder.")}
+    refuse_others(arrays, known | SHARED | unused, "checkpoint")
     params = {
         "w_enc": np.stack([take(arrays, f"{e}.encoder.weight", (m, d)).T for e in experts]),
         "b_enc": np.stack([take(arrays, f"{e}.encoder.bias", (m,)) for e in experts]),
@@ -102,6 +110,7 @@ def _switch(arrays: dict[str, np.ndarray], k: int, active: int):
     if latents % n:
         raise UserError(f"encoder.weight has {latents} rows, not a multiple of {n} experts")
     m = latents // n
+    refuse_others(arrays, SWITCH, "checkpoint")
     params = {
         "w_enc": w_enc.reshape(n, m, d).swapaxes(1, 2),
         "w_dec": take(arrays, "decoder", (latents, d)).reshape(n, m, d),

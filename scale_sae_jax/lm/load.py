@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from scale_sae_jax.config import LMConfig
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.files import PACKAGE, locate
+from scale_sae_jax.files import PACKAGE, local, locate
 from scale_sae_jax.lm import gpt2, llama
 from scale_sae_jax.lm.gguf import GGUF, field, read_gguf
 from scale_sae_jax.lm.weights import build_params, digest, read_safetensors, safetensors_files
@@ -201,11 +201,14 @@ def _hf_config(folder: Path) -> tuple[str, Any]:
 
 def _model_type(folder: Path) -> str:
     try:
-        return json.loads((folder / "config.json").read_text())["model_type"]
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+        if isinstance(kind, str):
+            return kind
     except OSError:
         raise UserError(f"{folder} has no config.json: give a complete model folder") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'config.json'} is no model config with a model_type") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{folder / 'config.json'} is no model config with a model_type")
 
 
 def _check_family(family: str) -> None:
@@ -238,4 +241,4 @@ def _name(name: str, path: Path) -> str:
     """The hub name, or the last part of a path."""
     if path.is_file():
         return path.stem
-    return path.resolve().name if Path(name).expanduser().exists() else name
+    return path.resolve().name if local(name).exists() else name

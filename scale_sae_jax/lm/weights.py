@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from scale_sae_jax.errors import UserError
 
-HASHED_BYTES = 2**31
+HASHED_BYTES = 2**31  # of larger files, samples
+SAMPLES, SAMPLE_BYTES = 256, 2**16
 _INDEX = "model.safetensors.index.json"
 
 Tensors = Mapping[str, Callable[[], np.ndarray]]
@@ -152,8 +153,8 @@ def _read(file: Any, name: str) -> np.ndarray:
 def digest(files: list[Path]) -> str:
     """Identity of weight files: the sha256 of the one file, or of all their sizes and sha256s.
 
-    Of a file over 2 GiB only the first and last MiB are hashed, beside its size: tensor names,
-    types, places and some weights, but not every weight.
+    Of a file over 2 GiB its size and `SAMPLES` pieces are hashed, evenly spread from its first to
+    its last bytes: names, types and places of tensors, and some weights of each large one.
     """
     digests = [_file_digest(path) for path in files]
     if len(digests) == 1:
@@ -166,6 +167,8 @@ def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         if size <= HASHED_BYTES:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        ends = file.read(2**20)
-        file.seek(-(2**20), 2)
-        return hashlib.sha256(f"{size} ".encode() + ends + file.read()).hexdigest()
+        hashed = hashlib.sha256(f"{size} ".encode())
+        for place in range(SAMPLES):
+            file.seek((size - SAMPLE_BYTES) * place // (SAMPLES - 1))
+            hashed.update(file.read(SAMPLE_BYTES))
+        return hashed.hexdigest()

@@ -3,6 +3,7 @@
 Intervals are 95 % over seeds. Colours are by arm, the same in every figure.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from scale_sae_jax.report.arms import Arm, Interval, Row, apart, arms_of
 QUALITY = {"fvu": "FVU", "delta_ce": "delta CE, nats"}
 COSTS = {"flops_per_token": "FLOPs a token, forward", "train_seconds": "training, seconds"}
 THRESHOLDS = (0.7, 0.8, 0.9)
+BLOCK = 512  # latents compared with all at a time
 COLOURS, MARKERS = 20, "os^D"  # after so many arms colours come again, with another marker
 
 
@@ -120,7 +122,7 @@ def generalisation(arms: list[Arm]) -> Figure | None:
     if not columns:
         return None
     figure, (axes,) = _axes(1, height=1.3 + 0.28 * len(arms))
-    for column, mark in zip(["fvu", *columns], "os^vD", strict=False):
+    for column, mark in zip(["fvu", *columns], itertools.cycle("os^vD*PX"), strict=False):
         y, x, half = _known([(place, arm.interval(column)) for place, arm in enumerate(arms)])
         label = "held-out text of training" if column == "fvu" else column.removesuffix("_fvu")
         axes.errorbar(x, y, xerr=half, fmt=mark, capsize=3, label=label)
@@ -220,12 +222,13 @@ def expert_similarity(decoder: Float[np.ndarray, "N M D"]) -> Float[np.ndarray, 
     experts, size, _ = decoder.shape
     unit = decoder / np.maximum(np.linalg.norm(decoder, axis=-1, keepdims=True), 1e-12)
     flat = unit.reshape(-1, unit.shape[-1])
-    alike = np.empty((experts, experts))
-    for i in range(experts):
-        cosines = unit[i] @ flat.T  # [M, N * M]
-        cosines[np.arange(size), i * size + np.arange(size)] = -1
-        alike[i] = cosines.reshape(size, experts, size).max(-1).mean(0)
-    return alike
+    alike = np.zeros((experts, experts))
+    for first in range(0, experts * size, BLOCK):
+        rows = np.arange(first, min(first + BLOCK, experts * size))
+        cosines = flat[rows] @ flat.T  # [BLOCK, N * M]
+        cosines[np.arange(len(rows)), rows] = -1
+        np.add.at(alike, rows // size, cosines.reshape(-1, experts, size).max(-1))
+    return alike / size
 
 
 def _axes(count: int, height: float = 3.6, width: float = 4.6) -> tuple[Figure, list[Any]]:

