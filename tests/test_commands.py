@@ -284,6 +284,7 @@ def mistakes(data, tmp_path):
         (["evaluate", "--workdir", str(data)], "config.json"),
         (["evaluate", f"--workdir={tmp_path}"], "not valid JSON"),
         (["evaluate"], "--workdir"),
+        (["evaluate", "--workdir=~/no/run"], f"{Path.home()}/no/run has no config.json"),
         (["export", f"--workdir={data}", "--format=sae_lens", f"--to={new}"], "config.json"),
         (["export", f"--workdir={data}", "--format=onnx", f"--to={new}"], "--format"),
         (["export", f"--workdir={data}", "--format=sae_lens"], "--to"),

@@ -122,16 +122,15 @@ def test_parameters_in_bfloat16_are_rounded_as_alone(activations, tmp_path):
         dataclasses.replace(config, steps=4, optim=dataclasses.replace(config.optim, **narrow))
         for config in configs_of()
     ]
-    own, states = together(configs, activations, tmp_path)
-    for config, folder, state in zip(configs, own, states, strict=True):
-        alone = tmp_path / f"alone-{folder.name}"
-        folders.claim(config, alone)
-        other = train(config, activations, alone, Event()).state
-        for name in ("w_enc", "w_dec"):
-            ours, theirs = (np.asarray(s.params[name], np.float32) for s in (state, other))
-            assert state.params[name].dtype == jnp.bfloat16
-            assert (ours == theirs).mean() > 0.99
-            np.testing.assert_allclose(ours, theirs, rtol=0.05, atol=2e-3)
+    _, (state, _) = together(configs, activations, tmp_path)
+    alone = tmp_path / "alone"
+    folders.claim(configs[0], alone)
+    other = train(configs[0], activations, alone, Event()).state
+    for name in ("w_enc", "w_dec"):
+        ours, theirs = (np.asarray(s.params[name], np.float32) for s in (state, other))
+        assert state.params[name].dtype == jnp.bfloat16
+        assert (ours == theirs).mean() > 0.99
+        np.testing.assert_allclose(ours, theirs, rtol=0.05, atol=2e-3)
 
 
 def test_runs_are_spread_over_devices(activations, tmp_path, devices):
