@@ -12,6 +12,7 @@ from small_model import write_model
 
 from scale_sae_jax import UserError
 from scale_sae_jax.config import LMConfig, SAEConfig
+from scale_sae_jax.evaluation import evaluator
 from scale_sae_jax.evaluation.evaluator import EvalBatch
 from scale_sae_jax.evaluation.redundancy import max_cosines
 from scale_sae_jax.inspection import directions, look
@@ -230,7 +231,9 @@ def batch_of(lm, scored):
     return EvalBatch(x, tokens, ones, documents, np.broadcast_to(scored, (2, S)), ones > 0)
 
 
-def test_look_leaves_out_what_the_evaluator_does(lm):
+@pytest.mark.parametrize("rows", (1, 3))
+def test_look_leaves_out_what_the_evaluator_does(lm, rows, monkeypatch):
+    monkeypatch.setattr(evaluator, "CODES", rows * S * 4)
     sae = build(SAEConfig(latents=24, experts=3, active=2, k=4, auxk=False), lm.width)
     params, scored = sae.init(jax.random.key(0)), np.arange(S) > 0
     batch = batch_of(lm, scored)

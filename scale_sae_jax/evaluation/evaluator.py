@@ -5,7 +5,7 @@ float64 sums per document and a few integers per token.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -28,6 +28,7 @@ from scale_sae_jax.evaluation.flops import forward_flops
 from scale_sae_jax.parallel import processes
 
 WITH_INTERVAL = ("mse", "fvu", "delta_ce", "l0")
+CODES = 2**25  # see `few_rows`
 TRAINING_KEYS = (
     "tokens_seen", "train_seconds", "tokens_per_second", "seconds_per_step", "trained_together",
 )
@@ -71,6 +72,19 @@ class EvalBatch(NamedTuple):
     scored: np.ndarray  # [B, S] bool: counts unless it is an outlier
     real: np.ndarray  # [B, S] bool: not padding
     ablated: splice.AblationTerms | None = None  # see `with_ablations`
+
+
+def few_rows(sae: SparseAutoencoder, batch: EvalBatch) -> Iterator[EvalBatch]:
+    """The batch in equal parts, of rows whose codes take no more than `CODES` values and ids.
+
+    For those who take codes to the host: without k slots, a token has one for every active latent.
+    """
+    rows, length = batch.segments.shape
+    slots = sae.k if sae.sparse_codes else sae.active * (sae.latents // sae.experts)
+    most = max(CODES // (length * slots), 1)
+    size = max(n for n in range(1, min(most, rows) + 1) if rows % n == 0)
+    for start in range(0, rows, size):
+        yield jax.tree.map(lambda array: array[start : start + size], batch)
 
 
 class TokenTerms(NamedTuple):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy import sparse
 
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.evaluation.evaluator import EvalBatch, kept_tokens
+from scale_sae_jax.evaluation.evaluator import EvalBatch, few_rows, kept_tokens
 from scale_sae_jax.inspection import contexts, directions, profiles, vocabulary
 from scale_sae_jax.lm.load import LanguageModel
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
@@ -53,7 +54,7 @@ def look(
     run = jax.jit(partial(_encode, sae))
     seen = contexts.nothing_read(sae.latents, plan)
     counts = sparse.csr_array((sae.experts, lm.vocab), dtype=np.int64)
-    for batch in batches:
+    for batch in chain.from_iterable(few_rows(sae, batch) for batch in batches):
         codes, experts, kept = jax.tree.map(
             np.asarray, run(params, batch.x, batch.scored, np.float32(max_norm))
         )

@@ -8,6 +8,7 @@ and config.json beside them. delphi drops activations of at most 1e-5, and so do
 """
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scale_sae_jax.errors import UserError, telling
-from scale_sae_jax.evaluation.evaluator import EvalBatch, kept_tokens
+from scale_sae_jax.evaluation.evaluator import EvalBatch, few_rows, kept_tokens
 from scale_sae_jax.interop import files
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.sae.codes import Codes
@@ -182,7 +183,7 @@ def save(
         return sae.encode(params, x), kept_tokens(x, scored, limit)
 
     with CacheWriter(folder, hookpoint, sae.latents, splits, settings) as writer:
-        for batch in batches:
+        for batch in chain.from_iterable(few_rows(sae, batch) for batch in batches):
             if batch.tokens is None:
                 raise UserError("a cache needs tokens, and these activations come from an array")
             codes, keep = encode(params, batch.x, batch.scored, np.float32(max_norm))
