@@ -79,7 +79,7 @@ def nothing_read(latents: int, plan: Plan) -> Contexts:
     counts, width = np.zeros(latents, np.int64), plan.before + 1 + plan.after
     none = Peaks(
         np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64),
-        np.zeros(0, np.int64), np.zeros((0, width), np.int64), np.zeros((0, width), np.float32),
+        np.zeros(0, np.int64), np.zeros((0, width), np.int32), np.zeros((0, width), np.float32),
     )
     histogram = np.zeros((latents, plan.bins), np.int64)
     lowest = np.full(latents, np.iinfo(np.int16).min, np.int64)
@@ -109,17 +109,25 @@ def read(
 
     def merged(before: Peaks, key_before: np.ndarray, key: np.ndarray, most: int) -> Peaks:
         """The `most` peaks of each latent with the smallest keys; windows are made for these."""
-        place = before.row * length + before.position, row * length + position
-        pairs = (before.latent, latent), (key_before, key), place
+        able = np.flatnonzero(may_enter(before.latent, key_before, latent, key, most, latents))
+        touched = np.zeros(latents, bool)
+        touched[latent[able]] = True
+        old = np.flatnonzero(touched[before.latent])
+        place = before.row[old] * length + before.position[old], row[able] * length + position[able]
+        pairs = (before.latent[old], latent[able]), (key_before[old], key[able]), place
         chosen = smallest(*map(np.concatenate, pairs), most)
-        new = chosen[chosen >= len(before.latent)] - len(before.latent)
+        stays = chosen < len(old)
+        new = able[chosen[~stays] - len(old)]
         around = fired.row[peak][new], latent[new], position[new]
         window = windows(plan, fired, latents, tokens, segments, *around)
         added = Peaks(latent[new], value[new], row[new], position[new], *window)
-        # Peaks that are new and stay come last in the joined arrays, in the order of `chosen`.
-        index = chosen.copy()
-        index[chosen >= len(before.latent)] = len(before.latent) + np.arange(len(new))
-        return Peaks(*(np.concatenate(pair)[index] for pair in zip(before, added, strict=True)))
+        # Places in the joined arrays: what was there, then what is new and stays.
+        joined = [np.concatenate(pair) for pair in zip(before, added, strict=True)]
+        index = np.empty_like(chosen)
+        index[stays], index[~stays] = old[chosen[stays]], len(before.latent) + np.arange(len(new))
+        index = np.concatenate([np.flatnonzero(~touched[before.latent]), index])
+        index = index[np.argsort(joined[0][index], kind="stable")]
+        return Peaks(*(field[index] for field in joined))
 
     top, sample = contexts.top, contexts.sample
     hashes = spread(sample.row, sample.position, sample.latent), spread(row, position, latent)
@@ -162,6 +170,25 @@ def peaks_of_pieces(
     return order[starts]  # a group has the same places in both orders
 
 
+def may_enter(
+    latent_before: Int[np.ndarray, " C"],
+    key_before: np.ndarray,
+    latent: Int[np.ndarray, " E"],
+    key: np.ndarray,
+    most: int,
+    latents: int,
+) -> Bool[np.ndarray, " E"]:
+    """Whether an event may be among the `most` of its latent, given those before it.
+
+    Args:
+      latent_before, key_before: as `smallest` left them, in the order of latents and keys.
+    """
+    counts = np.bincount(latent_before, minlength=latents)
+    last = (counts.cumsum() - 1)[latent]
+    full = counts[latent] == most
+    return ~full | (key <= key_before[np.where(full, last, 0)]) if full.any() else ~full
+
+
 def smallest(
     latent: Int[np.ndarray, " E"], key: np.ndarray, tie: Int[np.ndarray, " E"], most: int
 ) -> Int[np.ndarray, " C"]:
@@ -188,7 +215,7 @@ def windows(
     clipped = places.clip(0, length - 1)
     same = segments[row[:, None], clipped] == segments[row, position][:, None]
     inside = same & (places == clipped)
-    found = np.where(inside, tokens[row[:, None], clipped], OUTSIDE).astype(np.int64)
+    found = np.where(inside, tokens[row[:, None], clipped], OUTSIDE).astype(np.int32)
     have = (fired.row * latents + fired.latent) * length + fired.position  # ascending
     want = (row * latents + latent)[:, None] * length + clipped
     at = np.searchsorted(have, want).clip(max=len(have) - 1)
@@ -219,14 +246,15 @@ def counted(
     Bins of a range are pairs, or runs, of the bins of a smaller one, so no event is counted in a
     bin that it would not be in had the range been known from the start.
     """
-    latents, bins = histogram.shape
+    bins = histogram.shape[1]
     needed = exponent.copy()
     np.maximum.at(needed, fired.latent, np.frexp(fired.value)[1])
-    grown = (needed - exponent).clip(max=bins.bit_length())
-    latent, old = np.indices(histogram.shape)
-    places = latent * bins + (old >> grown[:, None])
-    total = np.bincount(places.ravel(), histogram.ravel(), latents * bins)
+    total, wider = histogram.copy(), np.flatnonzero(needed > exponent)
+    grown = (needed - exponent)[wider].clip(max=bins.bit_length())
+    places = np.arange(len(wider))[:, None] * bins + (np.arange(bins) >> grown[:, None])
+    regrouped = np.bincount(places.ravel(), histogram[wider].ravel(), len(wider) * bins)
+    total[wider] = regrouped.reshape(-1, bins)
     share = np.ldexp(fired.value.astype(np.float64), -needed[fired.latent])  # in [0, 1)
     place = fired.latent * bins + (share * bins).astype(np.int64).clip(0, bins - 1)
-    total += np.bincount(place, minlength=latents * bins)
-    return total.astype(np.int64).reshape(latents, bins), needed
+    np.add.at(total.reshape(-1), place, 1)
+    return total, needed
