@@ -30,6 +30,7 @@ def start(
     """
 
     def parse(argv: list[str]) -> list[str]:
+        logging.set_verbosity(logging.ERROR)  # what absl warns of here, the one line says too
         argv = [re.sub(r"^(--[\w.]+=)(~/.*)", _at_home, word) for word in argv]
         try:
             _refuse_unknown_settings(argv)
@@ -42,7 +43,7 @@ def start(
         except UserError:
             raise
         except flags.Error as error:
-            raise UserError(_in_one_line(error)) from None
+            raise UserError(_in_one_line(error, argv)) from None
         except Exception as error:  # whatever a config file of the user's may raise
             if isinstance(error, AttributeError) and error.name == "get_config":
                 raise UserError(
@@ -89,12 +90,21 @@ def _list_in_help(names: set[str]) -> None:
             FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])
 
 
-def _in_one_line(error: flags.Error) -> str:
-    missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
+def _in_one_line(error: flags.Error, argv: list[str]) -> str:
+    text = str(error)
+    missing = re.findall(r"Flag (--\w+) must have a value other than None", text)
+    config = given(argv, "config")
+    if "--config" in missing and config is not None:
+        return f"--config={config}: its get_config() returns nothing: let it return the settings"
+    if "Traceback" in text:  # of the config file; the last line says what went wrong
+        where = [n for file, n in re.findall(r'File "(.+)", line (\d+)', text)
+                 if Path(file).name == Path(config.partition(":")[0]).name]
+        place = f", line {where[-1]}" if where else ""
+        return f"--config={config}{place}: {text.strip().splitlines()[-1]}"
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         return f"{' and '.join(missing)} {verb} missing: --help lists the flags"
-    return "; ".join(str(error).splitlines())
+    return "; ".join(text.splitlines())
 
 
 def _define_processes() -> None:

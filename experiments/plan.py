@@ -97,6 +97,8 @@ def main() -> None:
             f"config.batch_size = {config.batch_size} cannot be split over {devices} devices: "
             f"take {-(-config.batch_size // devices) * devices}"
         )
+    if not math.isfinite(FLAGS.memory_gb):
+        raise UserError(f"--memory_gb={FLAGS.memory_gb} must be a number of GB, such as 80")
     found = needs(config, width, mesh)
     print(f"mesh data:{mesh[DATA]},expert:{mesh[EXPERT]}: {devices} devices, "
           f"{experts // mesh[EXPERT]} of {experts} experts and {config.batch_size // devices:,} of "

@@ -63,6 +63,7 @@ def drawings(
     arms = arms_of(rows, apart(axes))
     loads, omegas, decoders = inside(workdir, arms)
     first = "Of the first seed."
+    few = f"The first {HEAT_MAPS} of {len(loads)} arms. " if len(loads) > HEAT_MAPS else ""
     found = [
         (Picture("quality", "Quality", "Lower is better. Bars are 95 % over seeds."),
          lambda: figures.quality(arms)),
@@ -71,7 +72,8 @@ def drawings(
         (Picture("generalisation", "On other text", "Lower is better. Bars are 95 % over seeds."),
          lambda: figures.generalisation(arms)),
         (Picture("redundancy", "Latents alike", "Of every live latent the largest decoder cosine "
-         "with another one: its mean, and the share over a threshold."),
+         "with another one, of its expert and of others: its mean, and the share over a "
+         "threshold; next to what as many random directions give."),
          lambda: figures.redundancy(arms)),
         (Picture("expert_load", "Load of experts", first), lambda: figures.expert_load(loads)),
         (Picture("specialisation", "Specialisation of experts", "Mutual information of token and "
@@ -80,7 +82,7 @@ def drawings(
         (Picture("omega", "Feature scaling", f"omega of every expert. {first}"),
          lambda: figures.omega(omegas)),
         (Picture("similarity", "Experts alike", "Mean over the latents of one expert (row) of the "
-         f"largest decoder cosine with another latent of an expert (column). {first}"),
+         f"largest decoder cosine with another latent of an expert (column). {few}{first}"),
          lambda: figures.similarity(decoders)),
     ]
     for axis in number_axes(rows, axes):

@@ -225,6 +225,8 @@ def main() -> None:
             print(cell.name + ("  (finished)" if sweep.finished(cell, workdir) else ""))
         print(bill([c for c in chosen if not sweep.finished(c, workdir)], FLAGS.d))
         return
+    if (workdir / "config.json").exists():
+        raise UserError(f"{workdir} is the folder of a run: choose another --workdir for a sweep")
     with telling(f"cannot write to {workdir}", "choose another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
     command = ["python", "-m", "experiments.sweep", f"--grid={FLAGS.grid}", f"--workdir={workdir}"]

@@ -20,6 +20,7 @@ from experiments import command_line
 from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.report.arms import Arm, arms_of
 from scale_sae_jax.sweep import MAIN_RESULTS
+from scale_sae_jax.workdir import RESULTS
 
 FLAGS = flags.FLAGS
 
@@ -45,7 +46,7 @@ def read_rows(workdir: Path, where: Sequence[str] = ()) -> list[dict[str, Any]]:
     """
     rows = _read(workdir).to_pylist()
     if not rows:
-        raise UserError(f"{workdir}/results.parquet holds no finished cell yet")
+        raise UserError(f"{workdir}/{RESULTS} holds no finished cell yet")
     for part in where:
         name, equals, value = part.partition("=")
         if not equals:
@@ -67,9 +68,9 @@ def read_axes(workdir: Path) -> list[str]:
 
 
 def _read(workdir: Path) -> pa.Table:
-    path = workdir / "results.parquet"
+    path = workdir / RESULTS
     if not path.is_file():
-        raise UserError(f"{workdir} has no results.parquet: fill it with experiments.sweep")
+        raise UserError(f"{workdir} has no {RESULTS}: fill it with experiments.sweep")
     try:
         return pyarrow.parquet.read_table(path)
     except (pa.ArrowInvalid, OSError):

@@ -208,8 +208,10 @@ class Attached:
 
         return jax.jit(encode)
 
-    def _row(self, text: str) -> tuple[TextRow, int]:
+    def _row(self, text: Any) -> tuple[TextRow, int]:
         """The text as one padded row, and its length in tokens."""
+        if not isinstance(text, str):
+            raise UserError(f"{text!r:.60} is no text: give one string")
         tokenizer = self.lm.tokenizer
         ids = [tokenizer.bos_id] * self.bos + tokenizer.encode_batch([text])[0]
         if len(ids) <= self.bos:

@@ -367,6 +367,10 @@ def check(config: Config) -> None:
     _require(config.checkpoint_every >= 0, "config.checkpoint_every must not be negative")
     _check_sae(config.sae)
     _check_sources(config)
+    _require(
+        -(2**31) <= config.seed < 2**32,
+        f"config.seed = {config.seed} must lie between {-(2**31)} and {2**32 - 1}",
+    )
     optim = config.optim
     _require(optim.lr >= 0 and optim.clip >= 0, "config.optim.lr and .clip must not be negative")
     for name in ("warmup", "decay"):
@@ -386,6 +390,7 @@ def _check_sae(sae: SAEConfig) -> None:
     for name in ("latents", "experts", "active", "k", "orthogonality_chunk", "prefixes"):
         value = getattr(sae, name)
         _require(value > 0, f"config.sae.{name} = {value} must be at least 1")
+    _require(sae.latents < 2**31, f"config.sae.latents = {sae.latents} must be below {2**31}")
     _require(
         sae.latents % sae.experts == 0,
         f"config.sae.latents = {sae.latents} is not divisible by experts = {sae.experts}: "

@@ -358,7 +358,7 @@ def write_results(cells: list[Cell], workdir: Path, command: list[str]) -> None:
     axes = list(dict.fromkeys(name for here in cells for name in here.axes))
     table = table.replace_schema_metadata({"axes": json.dumps(axes)})
     _replace(workdir / "results.csv", lambda path: pyarrow.csv.write_csv(table, path))
-    _replace(workdir / "results.parquet", lambda path: pyarrow.parquet.write_table(table, path))
+    _replace(workdir / folders.RESULTS, lambda path: pyarrow.parquet.write_table(table, path))
 
 
 def _scalars(results: dict[str, Any], axes: Axes) -> dict[str, Any]:

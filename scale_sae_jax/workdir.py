@@ -28,6 +28,7 @@ FREE_SECTIONS = ("eval",)
 # Settings that do, but that a user may well change on purpose when a run goes on.
 ADJUSTABLE = ("optim.lr", "optim.warmup", "optim.decay")
 # What a run writes once its sources are found good; before that, any setting may be corrected.
+RESULTS = "results.parquet"  # of a sweep, in its own folder
 BEGUN = ("activations", "metrics.jsonl", "checkpoints")
 
 
@@ -38,6 +39,8 @@ def claim(config: Config, workdir: Path) -> list[str]:
     UserError when the folder holds a run with other settings, or no step is left to take with them.
     """
     path = workdir / "config.json"
+    if (workdir / RESULTS).exists() and not path.exists():
+        raise UserError(f"{workdir} is the folder of a sweep: choose another --workdir for a run")
     remarks = []
     recorded = read_config(workdir) if path.exists() else None
     if recorded and any((workdir / name).exists() for name in BEGUN):

@@ -154,6 +154,9 @@ def test_mistakes(attached, tmp_path):
         attached._ids(["a"])
     with pytest.raises(UserError, match="n = -1"):
         attached.predict(TEXT, n=-1)
+    for no_text in (["The cell", "divides"], 5, b"cell"):
+        with pytest.raises(UserError, match="is no text: give one string"):
+            attached._row(no_text)
     with pytest.raises(UserError, match="no tokens"):
         attached.codes("")
     with pytest.raises(UserError, match="takes 64: shorten it"):

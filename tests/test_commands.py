@@ -247,6 +247,11 @@ def mistakes(data, tmp_path):
     (tmp_path / "grid.py").write_text("def get_grid(arg=''):\n    return []\n")
     (tmp_path / "broken.py").write_text("def get_config(arg=''):\n    return 1 / 0\n")
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "none.py").write_text("def get_config(arg=''):\n    pass\n")
+    (tmp_path / "words.py").write_text(
+        "from configs import array\n\ndef get_config(arg=''):\n    config = array.get_config(arg)\n"
+        "    config.sae.latents = 'many'\n    return config\n"
+    )
     new = tmp_path / "run"
     text = text_flags(data, new)
 
@@ -266,6 +271,9 @@ def mistakes(data, tmp_path):
         (["train", *text, "--config.text.context=65"], "config.text.context = 65"),
         (["train", *text, "--config.foo=1"], "--config.foo"),
         (["plan", f"--config={tmp_path}/empty.py"], "defines no get_config()"),
+        (["plan", f"--config={tmp_path}/words.py:path=a.npy"], "a.npy, line 5: TypeError"),
+        (["plan", f"--config={tmp_path}/none.py"], "get_config() returns nothing"),
+        (["plan", "--config=configs/owt.py", "--d=8", "--mesh=data:2", "--memory_gb=nan"], "=nan"),
         (["sweep", f"--grid={tmp_path}/empty.py", f"--workdir={new}"], "defines no get_grid()"),
         (["train", *text, "--config.sae.k.x=1"], "--config.sae.k.x"),
         (["train", *text, "--config.steps=abc"], "--config.steps=abc"),
@@ -285,7 +293,7 @@ def mistakes(data, tmp_path):
         (["evaluate", f"--workdir={tmp_path}"], "not valid JSON"),
         (["evaluate"], "--workdir"),
         (["evaluate", "--workdir=~/no/run"], f"{Path.home()}/no/run has no config.json"),
-        (["export", f"--workdir={data}", "--format=sae_lens", f"--to={new}"], "config.json"),
+        (["export", f"--workdir={data}", "--format=sae_lens", f"--to={new}"], "no autoencoder"),
         (["export", f"--workdir={data}", "--format=onnx", f"--to={new}"], "--format"),
         (["export", f"--workdir={data}", "--format=sae_lens"], "--to"),
     ]

@@ -130,9 +130,9 @@ def test_load_finds_the_format_of_a_folder(tmp_path, monkeypatch):
         scale_sae_jax.load(tmp_path / "lens")
     with pytest.raises(UserError, match="is not the folder of a run, and has no checkpoint 3"):
         scale_sae_jax.load(tmp_path / "sparse", 3)
-    for absent in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UserError, match="has no config.json, so it is not the folder of a run"):
-            scale_sae_jax.load(absent)
+    for path, what in ((tmp_path, "holds no autoencoder"), (tmp_path / "absent", "is no folder")):
+        with pytest.raises(UserError, match=f"{path} {what}: name the --workdir of a run, or"):
+            scale_sae_jax.load(path)
 
 
 def test_load_onto_a_mesh(tmp_path):

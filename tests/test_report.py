@@ -132,6 +132,27 @@ def test_a_row_an_arm_and_a_mark_for_each_part():
     values = {tuple(map(float, line.get_xdata())) for line in marks}
     assert {(3.0, 3.0), (0.5, 0.5)} <= values
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["measured", "shuffled tokens"]
+    without_text = arms_of([{"preset": "a", "load_cv": 0.3}], ["preset"])
+    (axes,) = figures.specialisation(without_text).axes  # no panel for what was not measured
+    assert axes.get_xlabel() == "CV of load" and points_of(axes) == [1]
+
+
+def test_likeness_is_shown_beside_that_of_random_directions_in_the_same_scope():
+    cosines = {"_intra": 0.25, "_intra_null": 0.26, "_inter": 0.31, "_inter_null": 0.3, "": 0.33,
+               "_null": 0.34}
+    row = {"preset": "a"} | {f"max_cosine_mean{part}": value for part, value in cosines.items()}
+    (axes,) = figures.redundancy(arms_of([row], ["preset"])).axes
+    shown = {bars.get_label(): float(bars.lines[0].get_xdata()[0]) for bars in axes.containers}
+    assert shown == {"same expert": 0.25, "same expert, random": 0.26, "another expert": 0.31,
+                     "another expert, random": 0.3}
+
+
+def test_time_that_cells_share_has_no_interval_over_seeds():
+    rows = [{"seed": s, "train_seconds": 3.0, "fvu": s, "trained_together": 3} for s in range(3)]
+    (arm,) = arms_of(rows, [])
+    assert np.isnan(arm.interval("train_seconds").half) and arm.interval("fvu").half > 0
+    (alone,) = arms_of([row | {"trained_together": 1} for row in rows], [])
+    assert alone.interval("train_seconds").half == 0
 
 
 def test_pages_escape_what_they_are_given():

@@ -199,6 +199,13 @@ def test_a_config_that_is_no_runs_is_not_overwritten(tmp_path):
         assert path.read_text() == content
 
 
+def test_the_folder_of_a_sweep_is_not_that_of_a_run(tmp_path):
+    (tmp_path / folders.RESULTS).touch()
+    message = refusal(lambda: folders.claim(CONFIG, tmp_path))
+    assert f"{tmp_path} is the folder of a sweep" in message
+    folders.claim(CONFIG, tmp_path / "cell")
+
+
 # metrics.jsonl
 
 
@@ -296,8 +303,8 @@ def test_load_names_what_is_not_there(run, tmp_path_factory):
         message = refusal(lambda step=step: scale_sae_jax.load(run, step))
         assert str(step) in message and "2, 4, 5" in message
     empty = tmp_path_factory.mktemp("empty")
-    assert "no config.json" in refusal(lambda: scale_sae_jax.load(empty))
-    assert "no config.json" in refusal(lambda: scale_sae_jax.load(empty / "absent"))
+    assert "holds no autoencoder" in refusal(lambda: scale_sae_jax.load(empty))
+    assert "is no folder" in refusal(lambda: scale_sae_jax.load(empty / "absent"))
     folders.claim(CONFIG, empty)
     assert "no checkpoints" in refusal(lambda: scale_sae_jax.load(empty))
     (empty / "checkpoints").mkdir()

@@ -30,8 +30,14 @@ def load(
     Raises UserError when there is no such thing, a file is damaged, or ours cannot express it.
     """
     folder = _folder(path)
-    if folder is None:
+    if folder is None and (local(path) / "config.json").is_file():
         return run.load(local(path), step, mesh)
+    if folder is None:
+        what = "holds no autoencoder" if local(path).is_dir() else "is no folder"
+        raise UserError(
+            f"{path} {what}: name the --workdir of a run, or a folder of SAELens, sparsify or "
+            "dictionary_learning"
+        )
     if step != "latest":
         raise UserError(f"{path} is not the folder of a run, and has no checkpoint {step}")
     sae, params = _reader(folder).load(folder)

@@ -113,6 +113,11 @@ def load(folder: Path) -> tuple[Autoencoder, Params]:
     d, k = files.size(cfg, "d_in", source), files.size(cfg, "k", source)
     tensors = files.read_tensors(folder / WEIGHTS)
     files.refuse_others(tensors, set(NAMES.values()), where)
+    if np.isnan(tensors.get("encoder.weight", 0)).all():
+        raise UserError(
+            f"{where} holds a decoder alone, without what encodes: load the run that it is of, or "
+            "export that to sae_lens"
+        )
     w_enc = files.take(tensors, "encoder.weight", (None, d), where)
     latents = len(w_enc)
     if cfg.get("num_latents") not in (None, 0, latents):

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 Row = dict[str, Any]
+TIMES = ("train_seconds", "tokens_per_second", "seconds_per_step")
 
 
 class Interval(NamedTuple):
@@ -35,11 +36,15 @@ class Arm:
         return [row[column] for row in self.rows if row.get(column) is not None]
 
     def interval(self, column: str) -> Interval | None:
-        """Its mean and interval; None where no cell has it."""
+        """Its mean and interval; None where no cell has it.
+
+        The time of cells that trained together is one measurement, and has none over seeds.
+        """
         values = self.values(column)
         if not values:
             return None
-        n = len(values)
+        shared = column in TIMES and any((n or 1) > 1 for n in self.values("trained_together"))
+        n = 1 if shared else len(values)
         half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else np.nan
         return Interval(float(np.mean(values)), float(half))
 

@@ -67,6 +67,7 @@ def along(rows: list[Row], axes_names: list[str], axis: str) -> Figure | None:
             axes.set_xscale("log", base=2)
         ticks = sorted({row[axis] for row in rows})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.tick_params(axis="x", rotation=90 if len(ticks) > 6 else 0)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     every[0].legend(fontsize="small")
@@ -95,8 +96,10 @@ def pareto(arms: list[Arm]) -> Figure | None:
                           capsize=2, color=by_name[arm.name], label=arm.name)
         front = pareto_front(points)
         axes.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0)
-        axes.set(xlabel=COSTS[column], ylabel="FVU", xscale="log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.set(xlabel=COSTS[column], ylabel="FVU")
+        if max(points)[0] > 10 * min(points)[0]:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
@@ -134,12 +137,13 @@ def generalisation(arms: list[Arm]) -> Figure | None:
 
 def redundancy(arms: list[Arm]) -> Figure | None:
     """How alike live latents are: mean of the largest cosine with another one, and the share of
-    those with a twin, by the cosine that makes one; in the same expert and in others.
+    those with a twin, by the cosine that makes one; in the same expert and in others, each next to
+    what as many random directions give.
     """
     panels = {"max_cosine_mean": "mean of the largest cosine"}
     panels |= {f"redundancy_{t}": f"share over cosine {t}" for t in THRESHOLDS}
-    parts = {"_intra": ("same expert", "o"), "_inter": ("another expert", "s"),
-             "_null": ("random directions", "x")}
+    parts = {"_intra": ("same expert", "o"), "_intra_null": ("same expert, random", "x"),
+             "_inter": ("another expert", "s"), "_inter_null": ("another expert, random", "+")}
     return _by_arm(arms, panels, parts)
 
 
@@ -158,7 +162,9 @@ def _by_arm(
 ) -> Figure | None:
     """A row an arm, axes a panel, and in them a mark for each part of its column: name, mark."""
     arms = [arm for arm in arms if any(arm.values(f"{c}{p}") for c in panels for p in parts)]
-    if not arms:
+    panels = {column: title for column, title in panels.items()
+              if any(arm.values(column + part) for arm in arms for part in parts)}
+    if not panels:
         return None
     figure, every = _axes(len(panels), height=1.3 + 0.28 * len(arms), width=3.4)
     for axes, (column, title) in zip(every, panels.items(), strict=True):
@@ -168,8 +174,12 @@ def _by_arm(
             if len(x):
                 axes.errorbar(x, y, xerr=half, fmt=mark, capsize=2, label=label)
         axes.set(xlabel=title)
+        low, high = axes.get_xlim()
+        if high - low < 0.01:  # differences as small as that are none
+            axes.set_xlim(low - 0.01, high + 0.01)
+        axes.locator_params(axis="x", nbins=5)
     _name_rows(every, arms)
-    figure.legend(*every[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
@@ -198,6 +208,7 @@ def _over_experts(
         axes.plot(curve, marker=".", label=name, color=by_name[name])
     axes.axhline(level, color="0.6", lw=1)
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.locator_params(axis="x", integer=True)
     axes.legend(fontsize="small")
     return figure
 
@@ -213,7 +224,8 @@ def similarity(decoders: dict[str, Float[np.ndarray, "N M D"]]) -> Figure | None
         image = axes.imshow(values, vmin=0, vmax=most, cmap="viridis")
         axes.set(title=name, xlabel="expert", ylabel="expert")
         axes.title.set_fontsize("small")
-    figure.colorbar(image, ax=list(every), shrink=0.8)
+        axes.locator_params(integer=True)
+    figure.colorbar(image, ax=list(every), shrink=0.8, label="largest cosine, mean")
     return figure
 
 
