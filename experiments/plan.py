@@ -26,6 +26,7 @@ from scale_sae_jax.parallel.mesh import parse_mesh
 from scale_sae_jax.parallel.plan import Plan, plan
 from scale_sae_jax.sae.registry import build
 from scale_sae_jax.sae.shards import DATA, EXPERT
+from scale_sae_jax.training.loop import longest_call
 
 FLAGS = flags.FLAGS
 READ_AHEAD = 2  # the batches of a call, and those of the next one
@@ -64,7 +65,7 @@ def mesh_of(config: Config, experts: int) -> dict[str, int]:
 
 def needs(config: Config, width: int, mesh: dict[str, int]) -> Plan:
     sae = build(config.sae, width).config
-    batches = READ_AHEAD * config.steps_per_call
+    batches = READ_AHEAD * longest_call(config)
     return plan(sae, config.optim, width, config.batch_size, batches, mesh)
 
 

@@ -20,7 +20,7 @@ from scale_sae_jax.sae import build
 from scale_sae_jax.sae.selection import THRESHOLD_DECAY
 from scale_sae_jax.training import metrics, precision, state
 from scale_sae_jax.training.checkpoints import Checkpoints
-from scale_sae_jax.training.loop import _calls, train
+from scale_sae_jax.training.loop import _calls, longest_call, train
 from scale_sae_jax.training.optim import optimiser, schedule
 from scale_sae_jax.training.step import make_step, make_steps
 
@@ -108,6 +108,7 @@ def test_calls_end_where_a_record_or_a_checkpoint_is_due(every):
     config = dataclasses.replace(
         CONFIG, steps=12, log_every=log, checkpoint_every=checkpoint, steps_per_call=most
     )
+    assert longest_call(config) == {2: 2, 3: 3, 50: 1}[log]
     for start in (0, 1, 7, 12):
         calls = list(_calls(config, start))
         steps = [step for first, last in calls for step in range(first, last)]

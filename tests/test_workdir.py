@@ -262,16 +262,22 @@ def test_the_last_and_the_best_checkpoints_are_kept(run):
 
 @IGNORE_THEM
 def test_load_reads_the_parameters_alone(run, failing_reads):
-    """Whatever else lies beside them, of another version say, which training refuses."""
+    """Whatever else lies beside them, damaged or of another version, which training refuses."""
     other = state_at(7, 0.1)._replace(opt_state={"moments": jnp.zeros(3)}, key=jnp.zeros(5))
-    with Checkpoints(run / "checkpoints") as checkpoints:
+    with Checkpoints(run / "checkpoints", keep=2) as checkpoints:
         checkpoints.save(other, 70.0)
         assert checkpoints.latest == 7
         refusal(lambda: checkpoints.restore(7, state.abstract(*PARTS)))
-    _, params = scale_sae_jax.load(run)
-    assert params.keys() == other.params.keys()
-    for name, value in other.params.items():
-        np.testing.assert_array_equal(params[name], value)
+        older = {"step": other.step, "params": other.params}
+        checkpoints._orbax.save(8, older, force=True, metrics={"fvu": 0.1})
+        message = refusal(lambda: checkpoints.restore(8, state.abstract(*PARTS)))
+        assert "checkpoint 8" in message and "another version's: train anew in" in message
+        assert checkpoints.seconds(8) is None
+    for step in (7, 8):
+        _, params = scale_sae_jax.load(run, step)
+        assert params.keys() == other.params.keys()
+        for name, value in other.params.items():
+            np.testing.assert_array_equal(params[name], value)
 
 
 def test_a_restored_state_is_the_saved_one(run):

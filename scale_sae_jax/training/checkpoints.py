@@ -91,8 +91,17 @@ class Checkpoints:
             self._pending = self._orbax.save_async(step, state, force=True, metrics=measures)
 
     def restore(self, step: int, target: TrainState) -> TrainState:
-        """The state at `step`, laid out as the abstract `target`. Raises UserError if damaged."""
+        """The state at `step`, laid out as the abstract `target`.
+
+        Raises UserError if it is damaged, or of a version whose state held something else.
+        """
         with _readable(self._folder / str(step)):
+            stored = self._orbax.metadata(step).metadata
+            if set(stored) != set(target._fields):
+                raise UserError(
+                    f"checkpoint {step} in {self._folder} is another version's: train anew in "
+                    "another folder; scale_sae_jax.load still takes its parameters"
+                )
             return self._orbax.load(step, target)
 
     def restore_params(self, step: int, target: Params) -> Params:

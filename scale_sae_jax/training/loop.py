@@ -191,7 +191,7 @@ def _read_ahead(
     """
 
     def read(first: int, last: int) -> jax.Array:
-        return program.read(first, last, config.steps_per_call)
+        return program.read(first, last, longest_call(config))
 
     calls = list(_calls(config, start))
     if program.on_devices:
@@ -207,9 +207,19 @@ def _read_ahead(
             yield last, last - first, x
 
 
+def longest_call(config: Config) -> int:
+    """How many steps one call takes at most, and so for how many batches there must be room."""
+    return min(config.steps_per_call, config.steps, *_due(config))
+
+
+def _due(config: Config) -> list[int]:
+    """Every how many steps a record and a checkpoint are due."""
+    return [config.log_every, config.checkpoint_every or config.steps]
+
+
 def _calls(config: Config, start: int) -> Iterator[tuple[int, int]]:
     """(steps done before, steps done after) of each call, which ends where a record is due."""
-    due = [config.log_every, config.checkpoint_every or config.steps]
+    due = _due(config)
     while start < config.steps:
         ends = [start + config.steps_per_call, config.steps, *(e * (start // e + 1) for e in due)]
         end = 1 if start == 0 else min(ends)
