@@ -25,6 +25,7 @@ from scale_sae_jax.console import Console
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation.evaluator import EvalBatch, with_ablations
 from scale_sae_jax.evaluation.heldout import array_batches, text_batches
+from scale_sae_jax.files import looked_from
 from scale_sae_jax.lm import LanguageModel, inspect_language_model, load_language_model
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.parallel.mesh import mesh_of_run
@@ -102,10 +103,12 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
             raise Interrupted(f"harvest stopped at {done} of {total} activations")
 
     with folders.held(path.with_name(f".{path.name}.lock"), console.note, stop):
-        unread = is_complete(path) and not (workdir / "checkpoints").exists()
+        complete, trained = is_complete(path), (workdir / "checkpoints").exists()
+        if trained and not complete:
+            console.note(f"{path} holds no complete store{looked_from(path)}: harvested again")
         harvest(lm, config.text, resolved(config).activations, config.lm, path, progress)
         store = open_store(path)
-        if unread:
+        if complete and not trained:
             processes.lead_alone(lambda: verify(store, partial(console.progress, "checksums")))
     if store.manifest.note:
         console.note(store.manifest.note)

@@ -384,6 +384,30 @@ def test_a_text_that_holds_out_nothing_is_refused_before_any_work(tmp_path, monk
         runs.check_run(on_text(tmp_path, heldout_fraction=0.001))
 
 
+def test_a_trained_run_whose_store_is_gone_is_told_so_before_it_is_harvested_again(
+    tmp_path, monkeypatch
+):
+    config = on_text(tmp_path)
+    config = dataclasses.replace(config, activations=ActivationsConfig(path="stores/a"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(read, "load_language_model", lambda config: None)
+    noted, console = [], Console()
+    monkeypatch.setattr(Console, "note", lambda self, text: noted.append(text))
+
+    def harvest(*_):
+        noted.append("harvest")
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(read, "harvest", harvest)
+    for trained in (False, True):
+        if trained:
+            (tmp_path / "checkpoints").mkdir()
+        with pytest.raises(UserError, match="seen enough"):
+            read.open_sources(config, tmp_path, Event(), console)
+    assert noted[0] == noted[2] == "harvest" and len(noted) == 3
+    assert noted[1].startswith("stores/a holds no complete store (relative to /")
+
+
 @pytest.mark.parametrize(
     ("skipped", "reason"), [(2, "was trained on 2 of its documents"), (0, "it has no document")]
 )
