@@ -72,7 +72,7 @@ class Checkpoints:
     def seconds(self, step: int) -> float | None:
         """What training took up to that checkpoint, in all sessions; None if it does not tell."""
         found = {c.step: c.metrics or {} for c in self._orbax.checkpoints}
-        return found[step].get("seconds")
+        return found.get(step, {}).get("seconds")
 
     def save(self, state: TrainState, seconds: float) -> None:
         """Copies the state to the host and writes it in the background.
