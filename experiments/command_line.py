@@ -94,9 +94,9 @@ def _in_one_line(error: flags.Error, argv: list[str]) -> str:
     text = str(error)
     missing = re.findall(r"Flag (--\w+) must have a value other than None", text)
     config = given(argv, "config")
-    if "--config" in missing and config is not None:
+    if config and "--config" in missing:
         return f"--config={config}: its get_config() returns nothing: let it return the settings"
-    if "Traceback" in text:  # of the config file; the last line says what went wrong
+    if config and "Traceback" in text:  # of the config file; the last line says what went wrong
         where = [n for file, n in re.findall(r'File "(.+)", line (\d+)', text)
                  if Path(file).name == Path(config.partition(":")[0]).name]
         place = f", line {where[-1]}" if where else ""

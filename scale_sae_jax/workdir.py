@@ -27,8 +27,8 @@ FREE = (
 FREE_SECTIONS = ("eval",)
 # Settings that do, but that a user may well change on purpose when a run goes on.
 ADJUSTABLE = ("optim.lr", "optim.warmup", "optim.decay")
-# What a run writes once its sources are found good; before that, any setting may be corrected.
 RESULTS = "results.parquet"  # of a sweep, in its own folder
+# What a run writes once its sources are found good; before that, any setting may be corrected.
 BEGUN = ("activations", "metrics.jsonl", "checkpoints")
 
 

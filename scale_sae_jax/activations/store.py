@@ -231,19 +231,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a store. Raises UserError if it is missing, damaged or of another version."""
     path = folder / MANIFEST
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        version = fields["format"]
-        del fields["n"]
-        shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
-        counts = Counts(**fields.pop("counts"))
-        manifest = Manifest(**fields, shards=shards, counts=counts)
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no activations: there is no {MANIFEST}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise _damaged(path, "it is not a manifest") from None
+    with telling(f"{path} cannot be read"):
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            version = fields["format"]
+            del fields["n"]
+            shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
+            counts = Counts(**fields.pop("counts"))
+            manifest = Manifest(**fields, shards=shards, counts=counts)
+        except FileNotFoundError:
+            raise UserError(f"{folder} holds no activations: there is no {MANIFEST}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise _damaged(path, "it is not a manifest") from None
     if version != FORMAT:
         raise UserError(f"{folder} has format {version}, not {FORMAT}: harvest again")
     if not _is_sound(manifest):

@@ -74,17 +74,18 @@ class EvalBatch(NamedTuple):
     ablated: splice.AblationTerms | None = None  # see `with_ablations`
 
 
-def few_rows(sae: SparseAutoencoder, batch: EvalBatch) -> Iterator[EvalBatch]:
-    """The batch in equal parts, of rows whose codes take no more than `CODES` values and ids.
+def few_rows(sae: SparseAutoencoder, batches: Iterable[EvalBatch]) -> Iterator[EvalBatch]:
+    """Batches in equal parts, of rows whose codes take no more than `CODES` values and ids.
 
     For those who take codes to the host: without k slots, a token has one for every active latent.
     """
-    rows, length = batch.segments.shape
     slots = sae.k if sae.sparse_codes else sae.active * (sae.latents // sae.experts)
-    most = max(CODES // (length * slots), 1)
-    size = max(n for n in range(1, min(most, rows) + 1) if rows % n == 0)
-    for start in range(0, rows, size):
-        yield jax.tree.map(lambda array: array[start : start + size], batch)
+    for batch in batches:
+        rows, length = batch.segments.shape
+        most = max(CODES // (length * slots), 1)
+        size = max(n for n in range(1, min(most, rows) + 1) if rows % n == 0)
+        for start in range(0, rows, size):
+            yield jax.tree.map(lambda array: array[start : start + size], batch)
 
 
 class TokenTerms(NamedTuple):

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import jax
 import numpy as np
@@ -54,7 +53,7 @@ def look(
     run = jax.jit(partial(_encode, sae))
     seen = contexts.nothing_read(sae.latents, plan)
     counts = sparse.csr_array((sae.experts, lm.vocab), dtype=np.int64)
-    for batch in chain.from_iterable(few_rows(sae, batch) for batch in batches):
+    for batch in few_rows(sae, batches):
         codes, experts, kept = jax.tree.map(
             np.asarray, run(params, batch.x, batch.scored, np.float32(max_norm))
         )

@@ -8,7 +8,6 @@ and config.json beside them. delphi drops activations of at most 1e-5, and so do
 """
 
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +182,7 @@ def save(
         return sae.encode(params, x), kept_tokens(x, scored, limit)
 
     with CacheWriter(folder, hookpoint, sae.latents, splits, settings) as writer:
-        for batch in chain.from_iterable(few_rows(sae, batch) for batch in batches):
+        for batch in few_rows(sae, batches):
             if batch.tokens is None:
                 raise UserError("a cache needs tokens, and these activations come from an array")
             codes, keep = encode(params, batch.x, batch.scored, np.float32(max_norm))

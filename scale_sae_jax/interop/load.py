@@ -30,14 +30,8 @@ def load(
     Raises UserError when there is no such thing, a file is damaged, or ours cannot express it.
     """
     folder = _folder(path)
-    if folder is None and (local(path) / "config.json").is_file():
-        return run.load(local(path), step, mesh)
     if folder is None:
-        what = "holds no autoencoder" if local(path).is_dir() else "is no folder"
-        raise UserError(
-            f"{path} {what}: name the --workdir of a run, or a folder of SAELens, sparsify or "
-            "dictionary_learning"
-        )
+        return run.load(_run_folder(path), step, mesh)
     if step != "latest":
         raise UserError(f"{path} is not the folder of a run, and has no checkpoint {step}")
     sae, params = _reader(folder).load(folder)
@@ -50,6 +44,17 @@ def load(
 def _reader(folder: Path) -> ModuleType:
     others = (m for m in (dictionary_learning, sparsify) if (folder / m.WEIGHTS).is_file())
     return next(others, sae_lens)
+
+
+def _run_folder(path: str | Path) -> Path:
+    folder = local(path)
+    if (folder / "config.json").is_file():
+        return folder
+    what = "holds no autoencoder" if folder.is_dir() else "is no folder"
+    raise UserError(
+        f"{path} {what}: name the --workdir of a run, or a folder of SAELens, sparsify or "
+        "dictionary_learning"
+    )
 
 
 def _folder(path: str | Path) -> Path | None:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.lm.quantised import FORMATS, dequantise
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
@@ -73,13 +73,13 @@ class GGUF:
 
 def read_gguf(path: Path) -> GGUF:
     """The header of a GGUF file. Raises UserError if it is not one, or is damaged."""
-    try:
-        with path.open("rb") as file:
-            return _read_header(path, file)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (_Damaged, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged or truncated ({error}): download it again") from None
+    with telling(f"{path} cannot be read"):
+        try:
+            with path.open("rb") as file:
+                return _read_header(path, file)
+        except (_Damaged, UnicodeDecodeError) as error:
+            reason = f"{path} is damaged or truncated ({error}): download it again"
+            raise UserError(reason) from None
 
 
 def field(metadata: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:

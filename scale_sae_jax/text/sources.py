@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scale_sae_jax.config import TextConfig
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.files import local, looked_from
 
 HASHED_BYTES = 2**30
@@ -179,12 +179,11 @@ def _local_files(name: str, setting: str = "config.text.path") -> list[Path]:
 
 
 def _file_records(path: Path, config: TextConfig) -> Iterator[_Record]:
-    try:
-        yield from _READERS[path.suffix](path, config)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: convert it") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    with telling(f"cannot read {path}"):
+        try:
+            yield from _READERS[path.suffix](path, config)
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text: convert it") from None
 
 
 def _read_txt(path: Path, config: TextConfig) -> Iterator[_Record]:

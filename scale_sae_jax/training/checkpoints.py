@@ -6,6 +6,7 @@ Orbax writes each step into `checkpoints/STEP`, complete or not at all.
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -96,8 +97,7 @@ class Checkpoints:
         Raises UserError if it is damaged, or of a version whose state held something else.
         """
         with _readable(self._folder / str(step)):
-            stored = self._orbax.metadata(step).metadata
-            if set(stored) != set(target._fields):
+            if set(self._stored(step)) != set(target._fields):
                 raise UserError(
                     f"checkpoint {step} in {self._folder} is another version's: train anew in "
                     "another folder; scale_sae_jax.load still takes its parameters"
@@ -107,14 +107,17 @@ class Checkpoints:
     def restore_params(self, step: int, target: Params) -> Params:
         """The parameters alone: of the moments, twice as large, nothing is read."""
         with _readable(self._folder / str(step)):
-            stored = self._orbax.metadata(step).metadata
-            unread = jax.tree.map(lambda _: ocp.PLACEHOLDER, stored)
+            unread = jax.tree.map(lambda _: ocp.PLACEHOLDER, self._stored(step))
             return self._orbax.load(step, unread | {"params": target})["params"]
 
     def width(self, step: int) -> int:
         """D of the stored autoencoder, from the shape of b_dec. Raises UserError if damaged."""
         with _readable(self._folder / str(step)):
-            return self._orbax.metadata(step).metadata["params"]["b_dec"].shape[0]
+            return self._stored(step)["params"]["b_dec"].shape[0]
+
+    def _stored(self, step: int) -> dict[str, Any]:
+        """The names of the arrays of a checkpoint, as a tree, with their shapes."""
+        return self._orbax.metadata(step).metadata
 
 
 @contextlib.contextmanager

@@ -135,7 +135,7 @@ def follow(
     with contextlib.ExitStack() as stack:
         for own in records:
             stack.enter_context(own.writing(start))
-        clock = Clock(start, seconds, config.batch_size, len(records))
+        clock = _Clock(start, seconds, config.batch_size, len(records))
         batches = _read_ahead(program, config, start)
         for step, n, x in batches:
             now, values = program.steps(now, x, n, mean)
@@ -272,7 +272,7 @@ class Records:
         self._show(record)
 
 
-class Clock:
+class _Clock:
     """Training time over all sessions of a run, and the speed since the last reading.
 
     Of runs that train together, each takes an even share of the time.

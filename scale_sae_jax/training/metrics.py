@@ -67,7 +67,6 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(record, step=record["step"])
 
-
     def _telling(self) -> contextlib.AbstractContextManager:
         remedy = "make room, then the same command goes on from the last checkpoint"
         return telling(f"records cannot be written to {self._workdir}", remedy)
