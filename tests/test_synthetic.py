@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy.stats import kstest, multivariate_normal, norm
 
-from scale_sae_jax.activations.draws import set_bits
 from scale_sae_jax.activations.synthetic import open_synthetic
-from scale_sae_jax.activations.world import candidate_rates, firing_rates, tight_frame
+from scale_sae_jax.activations.synthetic_features import candidate_rates, firing_rates, tight_frame
+from scale_sae_jax.activations.synthetic_samples import set_bits
 from scale_sae_jax.config import SyntheticConfig
 from scale_sae_jax.errors import UserError
 

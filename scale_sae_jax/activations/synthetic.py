@@ -13,7 +13,7 @@ sample is x = bias + sum_i a_i * direction_i, with a >= 0 drawn in three steps:
 3. A magnitude is ReLU(mean_i + std_i * normal); a child's is multiplied by its parent's, itself
    scaled, over the parent's mean_i. A feature whose magnitude is 0 does not fire.
 
-`world.py` makes the features, `draws.py` the samples.
+`synthetic_features.py` makes the features, `synthetic_samples.py` the samples.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Int64
 
-from scale_sae_jax.activations.draws import Drawn, compose, draw
-from scale_sae_jax.activations.world import Layout, World, levels, make_layout, make_world
+from scale_sae_jax.activations.synthetic_features import (
+    Layout,
+    World,
+    levels,
+    make_layout,
+    make_world,
+)
+from scale_sae_jax.activations.synthetic_samples import Drawn, compose, draw
 from scale_sae_jax.config import SyntheticConfig
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae.codes import Codes

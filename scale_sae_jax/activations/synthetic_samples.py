@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from scale_sae_jax.activations.world import Layout, World
+from scale_sae_jax.activations.synthetic_features import Layout, World
 from scale_sae_jax.sae.codes import Codes
 
 TOGETHER, AT_ONCE = 64, 8  # samples and slots whose directions are added in one pass

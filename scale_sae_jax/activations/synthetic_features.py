@@ -1,7 +1,7 @@
 """The features of synthetic activations: directions, firing rates, trees; see `synthetic.py`.
 
 A sample has slots for a fixed number of roots, of free features and of features in all, so many
-Poisson deviations over the mean; `draws.py` leaves out what is beyond.
+Poisson deviations over the mean; `synthetic_samples.py` leaves out what is beyond.
 """
 
 from functools import partial
