@@ -32,9 +32,10 @@ from scale_sae_jax.console import Console
 from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.evaluation.flops import forward_flops
 from scale_sae_jax.parallel import processes
+from scale_sae_jax.parallel.mesh import mesh_of_run
 from scale_sae_jax.run import check_run, load, measure_run, run, sized, write_evaluation
 from scale_sae_jax.sae.presets import preset
-from scale_sae_jax.sae.registry import build
+from scale_sae_jax.sae.registry import build, experts_of
 from scale_sae_jax.sources import (
     Heldout,
     Sources,
@@ -237,7 +238,8 @@ def finished(here: Cell, workdir: Path) -> dict[str, Any] | None:
         same = from_config_dict(record.get("config")) == here.config
     except UserError:  # of another version
         return None
-    return record["results"] if same else None
+    results = record.get("results")
+    return results if same and isinstance(results, dict) else None
 
 
 def check_steps(here: Cell, workdir: Path) -> None:
@@ -289,8 +291,9 @@ def run_cell(
 
         _share_match(here, workdir, sources.train.d)
         results = run(config, folder, stop, console, sources, heldout(config.text))
+        if here.texts:
+            sae, params = load(folder, mesh=mesh_of_run(config, experts_of(config.sae)))
         for name, text in here.texts.items():
-            sae, params = load(folder)
             parts = sources, heldout(text), sae, params, config.steps, console
             other = measure_run(config, text, folder, *parts)
             write_evaluation(config, text, folder, other, last=True)

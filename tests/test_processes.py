@@ -219,12 +219,14 @@ def test_a_process_that_fails_alone_ends_the_other_with_the_reason():
 
 GRID = """
 from configs import array
+from scale_sae_jax.config import TextConfig
 from scale_sae_jax.sweep import axis, cell, product
 
 def get_grid(arg):
     small = {"steps": 4, "batch_size": 64, "log_every": 2, "eval.tokens": 128, "eval.bootstrap": 5}
+    again = {"again": TextConfig()}  # an array is evaluated on its own held-out part
     return [
-        cell(axes, array.get_config(f"path={axes['path']},l0=4,experts=4,latents=64"), small)
+        cell(axes, array.get_config(f"path={axes['path']},l0=4,experts=4,latents=64"), small, again)
         for axes in product(axis("path", arg.split("+")))
     ]
 """
@@ -250,6 +252,8 @@ def test_a_failed_cell_ends_a_sweep_of_several_processes(array, tmp_path):
         assert [told in err for *_, err in ends] == [True, False], ends
     assert len((tmp_path / "sweep" / "results.csv").read_text().splitlines()) == 2
     (run,) = (path.parent for path in (tmp_path / "sweep").rglob("cell.json"))
+    results = json.loads((run / "cell.json").read_text())["results"]
+    assert results["again_fvu"] == pytest.approx(results["fvu"], rel=1e-5)
     ends = finish(begin([sys.executable, "-c", LOAD.format(str(run))], 2, 1))
     assert [code for code, *_ in ends] == [0, 0], ends
 

@@ -140,7 +140,10 @@ def _said_by_lead(text: str) -> str:
 
 
 def everywhere(tree: Any) -> Any:
-    """Arrays that are split over the processes, whole and on the host of each."""
-    if not several():
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    """Arrays, split over the processes or not, whole and on the host of each."""
+
+    def whole(array: Any) -> Any:
+        split = isinstance(array, jax.Array) and not array.is_fully_addressable
+        return multihost_utils.process_allgather(array, tiled=True) if split else array
+
+    return jax.device_get(jax.tree.map(whole, tree))
