@@ -387,9 +387,13 @@ def check(config: Config) -> None:
 
 
 def _check_sae(sae: SAEConfig) -> None:
-    for name in ("latents", "experts", "active", "k", "orthogonality_chunk", "prefixes"):
+    for name in ("latents", "experts", "active", "k", "prefixes"):
         value = getattr(sae, name)
         _require(value > 0, f"config.sae.{name} = {value} must be at least 1")
+    _require(
+        sae.orthogonality_chunk > 1,
+        f"config.sae.orthogonality_chunk = {sae.orthogonality_chunk} must be at least 2",
+    )
     _require(sae.latents < 2**31, f"config.sae.latents = {sae.latents} must be below {2**31}")
     _require(
         sae.latents % sae.experts == 0,

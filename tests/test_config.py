@@ -184,6 +184,7 @@ def test_an_unknown_choice_is_refused_with_the_choices(path):
         ("sae.experts", 0),
         ("sae.active", 0),
         ("sae.k", 0),
+        ("sae.orthogonality_chunk", 1),
         ("lm.path", ""),
         ("lm.layer", -1),
         ("lm.rows_per_batch", 0),

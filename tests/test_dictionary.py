@@ -202,6 +202,13 @@ def test_gradient_is_that_of_finite_differences(name):
         assert float(grads[leaf]) == 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_without_encoder_bias_there_is_none_at_the_start(name):
+    sae, params, x, _ = setting(config_of(name, encoder_bias=False))
+    assert "b_enc" not in params and params.keys() == sae.init(jax.random.key(0)).keys()
+    assert jnp.isfinite(sae.loss(params, x, None).total)
+
+
 def test_topk_gradient_is_the_dense_one_with_auxk_and_for_the_activations():
     """The sparse gradients against autodiff through dense products and a mask."""
     config = config_of("topk")
@@ -389,6 +396,7 @@ def test_orthogonality_is_the_mean_squared_largest_cosine():
     ]
     value = orthogonality(jnp.asarray(rows), jax.random.key(5), 4)
     assert float(value) == pytest.approx(np.mean(by_chunk), rel=1e-5)
+    assert orthogonality(jnp.asarray(rows[:1]), jax.random.key(5), 4) == 0  # alike to no other
 
 
 def test_orthogonality_pushes_equal_rows_apart_in_every_architecture():

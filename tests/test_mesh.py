@@ -131,17 +131,27 @@ def test_all_tokens_may_go_to_the_experts_of_one_device():
     assert_close(loss_and_gradient(*on("data:2,expert:4", sae, params), x, dead), expected)
 
 
-@pytest.mark.parametrize("name", ("topk", "batchtopk", "jumprelu"))
-def test_architectures_without_experts_split_their_batch(name):
+@pytest.mark.parametrize("name", ("topk", "batchtopk", "matryoshka", "relu", "gated", "jumprelu"))
+def test_one_dictionary_splits_its_batch(name):
+    """What travels are gradients and counts, none of it larger than the dictionary."""
     config = SAEConfig(architecture=name, latents=64, experts=1, active=1, k=4)
     sae, params, x, dead = start(config)
     expected = loss_and_gradient(sae, params, x, dead)
-    mesh = make_mesh("", 1)
-    assert dict(mesh.shape) == {"data": 8, "expert": 1}
-    assert on_mesh(sae, mesh) is sae
-    split = jax.device_put(x, placed(mesh, TOKENS))
-    everywhere = jax.device_put(params, placed(mesh, param_specs(params, ())))
-    assert_close(loss_and_gradient(sae, everywhere, split, dead), expected)
+    sharded, everywhere = on("", sae, params)
+    assert dict(sharded.mesh.shape) == {"data": 8, "expert": 1}
+    assert_close(loss_and_gradient(sharded, everywhere, x, dead), expected)
+    codes, found = sae.encode(params, x), sharded.encode(everywhere, x)
+    assert_close(found, codes)
+    assert_close(sharded.decode(everywhere, found), sae.decode(params, codes))
+
+    def gradient(params, x):
+        return jax.grad(lambda params: sharded.loss(params, x, dead).total)(params)
+
+    split = jax.device_put(np.tile(x, (64, 1)), placed(sharded.mesh, TOKENS))
+    text = jax.jit(gradient).lower(everywhere, split).compile().as_text()
+    assert max(sizes(text, "all-reduce")) == 64 * D
+    assert not sizes(text, "all-to-all|collective-permute")
+    assert max(sizes(text, "all-gather"), default=0) <= 8  # counts before a tie, by device
 
 
 WINNERS = jax.jit(
@@ -166,6 +176,13 @@ def test_winners_over_devices_are_the_most_there_can_be(values, k):
     np.testing.assert_array_equal(found, expected[expected > 0])
 
 
+def sizes(text, collectives):
+    """Elements of each result of such collectives in a compiled program."""
+    shapes = re.findall(rf"= (.*?) (?:{collectives})\(", text)
+    return [int(np.prod([int(n) for n in dims.split(",") if n]))
+            for shape in shapes for dims in re.findall(r"\w+\[([\d,]*)\]", shape)]
+
+
 def test_weights_of_experts_never_travel():
     """No collective of the compiled step moves more than a fraction of an expert's weights."""
     config = dataclasses.replace(SAE, latents=8192, auxk=False)  # 8 experts of 1024 x 24
@@ -177,16 +194,10 @@ def test_weights_of_experts_never_travel():
 
     compiled = jax.jit(jax.value_and_grad(objective)).lower(placed_params, x).compile()
     text = compiled.as_text()
-    gathers = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)\(", text)
-    sizes = [int(np.prod([int(n) for n in dims.split(",") if n]))
-             for shape in gathers for dims in re.findall(r"\w+\[([\d,]*)\]", shape)]
-    assert gathers and max(sizes) < config.latents // config.experts * D
+    moved = sizes(text, "all-gather|all-to-all|collective-permute")
+    assert moved and max(moved) < config.latents // config.experts * D
     # What is summed over `data` are gradients, on each device of its own experts only.
-    own = config.latents // 4 * D
-    sums = re.findall(r"= (.*?) all-reduce\(", text)
-    sizes = [int(np.prod([int(n) for n in dims.split(",") if n]))
-             for shape in sums for dims in re.findall(r"\w+\[([\d,]*)\]", shape)]
-    assert max(sizes) == own
+    assert max(sizes(text, "all-reduce")) == config.latents // 4 * D
 
 
 @pytest.fixture(scope="module")

@@ -265,6 +265,17 @@ def test_any_shape_matches_reference(experts, size, tokens, data):
     assert int((ours.values != 0).sum(-1).max()) <= k
 
 
+def test_experts_are_the_most_probable_where_float32_makes_probabilities_zero():
+    config = SAEConfig(latents=16, experts=4, active=2, k=2)
+    sae = build(config, 4)
+    params = sae.init(jax.random.key(0)) | {"w_router": jnp.eye(4)}
+    x = jnp.array([[0.0, 100, 150, 300]])
+    routing = sae.route(params, x)
+    assert routing.probs[0, 2] == 0
+    assert routing.experts.tolist() == [[2, 3]]
+    assert np.flatnonzero(reference.forward(config, params, x).selected[0]).tolist() == [2, 3]
+
+
 def test_balance_follows_the_load_and_evens_it_out():
     """Without an auxiliary loss: a bias on the choice of experts, not on their weights."""
     config = dataclasses.replace(SMALL, active=1, load_balance=0.0, balance_rate=0.05, auxk=False)

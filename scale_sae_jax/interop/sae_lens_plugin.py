@@ -59,7 +59,7 @@ class ScaleMoESAE(SAE[ScaleMoESAEConfig]):
         """(weight of each expert, whether it is selected), both [*T, N]."""
         logits = (x - self.b_router_in) @ self.W_router + self.b_router_out
         probs = logits.softmax(-1)
-        order = logits + self.balance if self.cfg.balanced else probs
+        order = logits + self.balance if self.cfg.balanced else logits
         chosen = order.topk(self.cfg.active, dim=-1).indices
         selected = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, chosen, True)
         kind = self.cfg.gate

@@ -1,7 +1,7 @@
-"""The many-expert autoencoder on a mesh: the same module, on each device's tokens and experts.
+"""An autoencoder on a mesh: the same module, on each device's tokens and experts.
 
-Its loss, codes and gradients are those of one device up to the order of sums. Architectures without
-experts need none of this: XLA splits their batch by itself.
+Its loss, codes and gradients are those of one device up to the order of sums. One dictionary lies on
+every device, and only tokens are split.
 """
 
 import dataclasses
@@ -79,8 +79,8 @@ class ShardedAutoencoder(Autoencoder):
 
 
 def on_mesh(sae: Autoencoder, mesh: Mesh) -> Autoencoder:
-    """The autoencoder on a mesh; as it is where it has one device, or no experts to place."""
-    if mesh.size == 1 or not sae.module.by_expert:
+    """The autoencoder on a mesh; as it is where that has one device."""
+    if mesh.size == 1:
         return sae
     shards = Shards(mesh.shape[DATA], mesh.shape[EXPERT])
     local = sae.module.copy(shards=shards)

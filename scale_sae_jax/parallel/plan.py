@@ -1,12 +1,16 @@
 """What a training step will need of each device, by formulas: bytes, traffic, arithmetic.
 
-docs/scaling.md derives them. State and traffic are exact; what XLA allots for temporaries is
-fitted to its CPU compiler (`python -m benchmarks.scaling` holds the plan against it).
+docs/scaling.md derives them. Parameters are counted, traffic is that of the arrays that travel;
+what XLA allots for temporaries is fitted to its CPU compiler, for many experts
+(`python -m benchmarks.scaling` holds the plan against it).
 """
 
 from dataclasses import dataclass
 
+import jax
+
 from scale_sae_jax.config import OptimConfig, SAEConfig
+from scale_sae_jax.sae.registry import build
 from scale_sae_jax.sae.shards import DATA, EXPERT
 
 FLOAT = 4
@@ -58,14 +62,19 @@ def plan(
     devices, row = data * expert, batch // data
     e, k, n, d = config.active, config.k, config.experts, width
     m = config.latents // n
-    matrices, vectors = 2 * n * m * d // expert, (n * m + n) // expert  # of experts
-    shared = d * n + n + 2 * d + (d * d if config.feature_scaling == "mean_lp" else 0)
-    small = vectors + shared
+    sae = build(config, width)
+    params = jax.eval_shape(sae.init, jax.random.key(0))
+    split = {name: expert if name in sae.module.by_expert else 1 for name in params}
+    sizes = {name: leaf.size // split[name] for name, leaf in params.items()}
+    matrices = sum(sizes[name] for name in ("w_enc", "w_dec"))
+    small = sum(sizes.values()) - matrices
+    shared = sum(sizes[name] for name in params if name not in sae.module.by_expert)
+    of_experts = sum(sizes.values()) - shared
     kept, moments = _size(optim.param_dtype), 2 * _size(optim.moment_dtype)
     aux = min(config.auxk_latents or d // 2, e * m) if config.auxk else 0
 
-    sizes = (e * m, e * d, d, e * k)
-    arrays = sum(count * size for count, size in zip(PASSES[aux > 0], sizes, strict=True))
+    a_token = (e * m, e * d, d, e * k)
+    arrays = sum(count * size for count, size in zip(PASSES[aux > 0], a_token, strict=True))
     passes = int(FLOAT * row * arrays)
     gradient = FLOAT * (matrices + small)
     narrow = FLOAT * matrices if kept < FLOAT or moments < 2 * FLOAT else 0
@@ -87,7 +96,7 @@ def plan(
         "candidates and winners": int(across * candidates),
         "decoded and residuals": int(across * 2 * d),
         "AuxK, where latents are dead": int(across * revived),
-        "gradients of experts": int(FLOAT * over_data * (matrices + vectors + n * m // expert)),
+        "gradients of experts": int(FLOAT * over_data * (of_experts + n * m // expert)),
         "gradients of the rest": int(FLOAT * over_all * shared),
     }
     flops = batch * (10 * e * m * d + 6 * d * n) / devices

@@ -29,9 +29,9 @@ class BatchTopKSAE(DictionarySAE):
         return jnp.where(acts > self.threshold, acts, 0)
 
     def loss(self, x: Float[Array, "T D"], dead: Bool[Array, " L"] | None) -> Loss:
-        c = self.config
+        c, shards = self.config, self.shards
         acts = jax.nn.relu(self.products(x) + self.b_enc)
-        kept = jnp.where(selection.batch_winners(acts, c.k, self.l0), acts, 0)
+        kept = jnp.where(selection.per_batch(acts, c.k, shards, self.l0), acts, 0)
         objective, mse, residual = self.reconstruction(x, kept)
 
         def acts_at(ids):
@@ -42,13 +42,13 @@ class BatchTopKSAE(DictionarySAE):
             total=objective + c.auxk_weight * auxk,
             mse=mse,
             terms={"auxk": auxk},
-            firing=count_dense(kept),
+            firing=shards.total(count_dense(kept)),
             expert_load=one_expert(),
-            tracked={"threshold": selection.follow_threshold(self.threshold, kept)},
+            tracked={"threshold": selection.follow_threshold(self.threshold, kept, shards)},
         )
 
     def reconstruction(self, x: Float[Array, "T D"], kept: Float[Array, "T L"]):
         """(what is differentiated, mse, residual [T, D])."""
         residual = self.residual(x, kept)
-        mse = mean_square(residual)
+        mse = self.shards.mean(mean_square(residual))
         return mse, mse, residual

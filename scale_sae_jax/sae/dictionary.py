@@ -18,6 +18,7 @@ from scale_sae_jax.sae.codes import Codes, Routing
 from scale_sae_jax.sae.groups import group
 from scale_sae_jax.sae.losses import Loss
 from scale_sae_jax.sae.products import rounded_dot
+from scale_sae_jax.sae.shards import Shards
 
 
 class DictionarySAE(nn.Module):
@@ -25,11 +26,15 @@ class DictionarySAE(nn.Module):
 
     With `l0`, that is the L0 asked for, in the place of config.k; see `Autoencoder.with_l0`.
 
+    With `shards`, methods run on each device of a mesh, inside `jax.shard_map`, on T of the batch's
+    tokens.
+
     An architecture adds `acts`, the latents of a token at inference, and `loss`.
     """
 
     config: SAEConfig
     width: int
+    shards: Shards = Shards()
     l0: Int[Array, ""] | None = None
 
     by_expert = ()  # parameters whose leading axis is that of experts
@@ -60,6 +65,12 @@ class DictionarySAE(nn.Module):
         """What each latent's product W_enc z exceeds in its share k / L of the first batch."""
         z = (x - begun["b_dec"]) / begun["scale"]
         return jnp.quantile(z @ self.w_enc.T, 1 - self.target / self.config.latents, axis=0)
+
+    def start_bias(
+        self, x: Float[Array, "T D"], begun: dict[str, Array]
+    ) -> dict[str, Float[Array, " L"]]:
+        """b_enc, if there is one, with which each latent fires for its share of the target L0."""
+        return {"b_enc": -self.start_level(x, begun)} if self.config.encoder_bias else {}
 
     @property
     def target(self) -> Int[Array, ""] | int:
@@ -123,12 +134,15 @@ class DictionarySAE(nn.Module):
     def squared_error(
         self, target: Float[Array, "T D"], codes: Codes, b_dec: Float[Array, " D"]
     ) -> tuple[Float[Array, ""], Float[Array, "T D"]]:
-        """mean_t |target - b_dec - decoded|^2 of sparse codes, and the residual, a constant."""
+        """mean_t |target - b_dec - decoded|^2 of sparse codes over the whole batch, and this
+        device's residual, a constant.
+        """
         c, groups = self.config, group(self.route(target).experts, 1)
         kernel = kernels.one_expert(c.kernel)
-        return decoding.squared_error(
+        error, residual = decoding.squared_error(
             target, codes, codes.ids, self.w_dec[None], b_dec, groups, kernel, c.dtype
         )
+        return self.shards.mean(error), residual
 
     def auxk(
         self,

@@ -32,7 +32,7 @@ class GatedSAE(DictionarySAE):
     def start(self, x: Float[Array, "T D"]) -> dict[str, Array]:
         """Gates that let as many latents through at the start as are asked for; see `relu`."""
         begun = super().start(x)
-        return begun | {"b_enc": -self.start_level(x, begun)}
+        return begun | self.start_bias(x, begun)
 
     def paths(self, x: Float[Array, "T D"]) -> tuple[Float[Array, "T L"], Float[Array, "T L"]]:
         """pi, and the magnitudes of the latents that it lets through."""
@@ -46,20 +46,19 @@ class GatedSAE(DictionarySAE):
 
     def loss(self, x: Float[Array, "T D"], dead: Bool[Array, " L"] | None) -> Loss:
         del dead
-        c = self.config
+        c, mean = self.config, self.shards.mean
         gate, acts = self.paths(x)
-        through = jax.nn.relu(gate)
-        mse = mean_square(self.residual(x, acts))
-        auxiliary = mean_square(self.residual(x, through, frozen=True))
-        sparsity = through.sum(-1).mean()
-        firing = count_dense(acts)
-        l0 = firing.sum() / x.shape[0]
+        through, fired = jax.nn.relu(gate), count_dense(acts)
+        mse = mean(mean_square(self.residual(x, acts)))
+        auxiliary = mean(mean_square(self.residual(x, through, frozen=True)))
+        sparsity = mean(through.sum(-1).mean())
+        l0 = mean(fired.sum() / x.shape[0])
         weight = sparsity_weight(self.penalty, l0, self.target) * self.unit**2
         return Loss(
             total=mse + weight * sparsity + auxiliary,
             mse=mse,
             terms={"sparsity": sparsity, "auxiliary": auxiliary, "penalty": self.penalty},
-            firing=firing,
+            firing=self.shards.total(fired),
             expert_load=one_expert(),
             tracked={"penalty": steer(self.penalty, l0, self.target, c.penalty_rate)},
         )

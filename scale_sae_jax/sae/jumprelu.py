@@ -105,24 +105,24 @@ class JumpReLUSAE(DictionarySAE):
         del dead
         c, pre, threshold = self.config, self.pre(x), self.threshold
         acts = jump(pre, threshold, c.bandwidth)
-        mse = mean_square(self.residual(x, acts))
-        firing = count_dense(acts)
-        l0 = firing.sum() / x.shape[0]
+        mean, fired = self.shards.mean, count_dense(acts)
+        mse = mean(mean_square(self.residual(x, acts)))
+        l0 = mean(fired.sum() / x.shape[0])
         if c.l0_loss == "quadratic":
             weight = jax.lax.stop_gradient(self.penalty)
-            count = fires(pre, threshold, c.bandwidth).sum(-1).mean()
+            count = mean(fires(pre, threshold, c.bandwidth).sum(-1).mean())
             sparsity = jnp.square(count / self.target - 1)
             after = self.penalty
         else:
             strength = TANH_SLOPE * acts * jnp.linalg.norm(self.w_dec, axis=-1)
-            sparsity = jnp.tanh(strength).sum(-1).mean() / self.target
+            sparsity = mean(jnp.tanh(strength).sum(-1).mean()) / self.target
             weight = sparsity_weight(self.penalty, l0, self.target)
             after = steer(self.penalty, l0, self.target, c.penalty_rate)
         return Loss(
             total=mse + weight * self.width * self.unit**2 * sparsity,
             mse=mse,
             terms={"sparsity": sparsity, "penalty": self.penalty},
-            firing=firing,
+            firing=self.shards.total(fired),
             expert_load=one_expert(),
             tracked={"penalty": after},
         )

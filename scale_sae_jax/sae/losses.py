@@ -41,9 +41,11 @@ def orthogonality(w_dec: Float[Array, "L D"], key: Array, chunk: int) -> Float[A
 
     Latents are dealt anew into random chunks of `chunk`, so the cost is linear in their number
     (OrtSAE, arXiv 2509.22033, section 3). Where `chunk` does not divide L, the last ones of the
-    random order wait for another batch.
+    random order wait for another batch. 0 for a dictionary of one latent.
     """
     size = min(chunk, w_dec.shape[0])
+    if size < 2:
+        return jnp.zeros(())
     chunks = w_dec.shape[0] // size
     order = jax.random.permutation(key, w_dec.shape[0])[: chunks * size]
     dealt = normalise(w_dec[order], "latent").reshape(chunks, size, -1)

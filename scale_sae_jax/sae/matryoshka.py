@@ -28,6 +28,7 @@ class MatryoshkaSAE(BatchTopKSAE):
             residual = residual - rounded_dot(codes[:, begin:end], rows.T, self.config.dtype)
             errors.append(mean_square(residual))
             begin = end
-        return jnp.stack(errors).mean(), errors[-1], residual
+        errors = self.shards.mean(jnp.stack(errors))
+        return errors.mean(), errors[-1], residual
 
 

@@ -30,7 +30,7 @@ class ReLUSAE(DictionarySAE):
         From 0 they would take Adam thousands of batches; meanwhile the penalty bends the encoder.
         """
         begun = super().start(x)
-        return begun | {"b_enc": -self.start_level(x, begun)}
+        return begun | self.start_bias(x, begun)
 
     def acts(self, x: Float[Array, "T D"]) -> Float[Array, "T L"]:
         return jax.nn.relu(self.products(x) + self.b_enc)
@@ -38,16 +38,16 @@ class ReLUSAE(DictionarySAE):
     def loss(self, x: Float[Array, "T D"], dead: Bool[Array, " L"] | None) -> Loss:
         del dead
         c, acts = self.config, self.acts(x)
-        mse = mean_square(self.residual(x, acts))
-        sparsity = (acts * jnp.linalg.norm(self.w_dec, axis=-1)).sum(-1).mean()
-        firing = count_dense(acts)
-        l0 = firing.sum() / x.shape[0]
+        mean, fired = self.shards.mean, count_dense(acts)
+        mse = mean(mean_square(self.residual(x, acts)))
+        sparsity = mean((acts * jnp.linalg.norm(self.w_dec, axis=-1)).sum(-1).mean())
+        l0 = mean(fired.sum() / x.shape[0])
         weight = sparsity_weight(self.penalty, l0, self.target) * self.unit**2
         return Loss(
             total=mse + weight * sparsity,
             mse=mse,
             terms={"sparsity": sparsity, "penalty": self.penalty},
-            firing=firing,
+            firing=self.shards.total(fired),
             expert_load=one_expert(),
             tracked={"penalty": steer(self.penalty, l0, self.target, c.penalty_rate)},
         )

@@ -18,13 +18,15 @@ def route(
 ) -> Routing:
     """p = softmax((x - b) W + c) and the `active` most probable experts (Scale SAE, section 3).
 
+    They are those with the largest logits, whose order remains where float32 makes several p 0.
+
     Args:
       x: activations less some constant; offset: that constant less b.
       balance: added to the logits for the choice of experts alone, see `rebalanced`.
     """
     logits = x @ w_router + (c_router + offset @ w_router)
     probs = jax.nn.softmax(logits, axis=-1)
-    _, experts = jax.lax.top_k(probs if balance is None else logits + balance, active)
+    _, experts = jax.lax.top_k(logits if balance is None else logits + balance, active)
     return Routing(logits, probs, jnp.sort(experts, axis=-1))
 
 

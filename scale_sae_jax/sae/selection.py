@@ -221,8 +221,9 @@ def per_batch(
     """Marks the k * T largest latents of the batch (BatchTopK, arXiv 2412.06410).
 
     Args:
-      l0: see `batch_winners`; for one device.
+      l0: see `batch_winners`.
     """
     if shards.data * shards.expert == 1:
         return batch_winners(acts, k, l0)
-    return batch_winners_of_all(acts, k * acts.shape[0] * shards.data, shards)
+    most = (k if l0 is None else l0) * acts.shape[0] * shards.data
+    return batch_winners_of_all(acts, most, shards)

@@ -53,7 +53,7 @@ class TopKSAE(DictionarySAE):
             total=mse + self.config.auxk_weight * auxk,
             mse=mse,
             terms={"auxk": auxk},
-            firing=count_slots(codes, self.config.latents),
+            firing=self.shards.total(count_slots(codes, self.config.latents)),
             expert_load=one_expert(),
             tracked={},
         )
