@@ -14,7 +14,7 @@ from scale_sae_jax.activations.array import ActivationArray, open_array
 from scale_sae_jax.activations.harvest import harvest
 from scale_sae_jax.activations.masks import largest_evaluated
 from scale_sae_jax.activations.store import ActivationStore, is_complete, open_store, verify
-from scale_sae_jax.activations.stream import ActivationStream
+from scale_sae_jax.activations.stream import FIRST_ROWS, ActivationStream
 from scale_sae_jax.activations.synthetic import (
     SyntheticActivations,
     check_synthetic,
@@ -33,6 +33,9 @@ from scale_sae_jax.sae.registry import experts_of
 from scale_sae_jax.text.sources import Document, check_text
 from scale_sae_jax.text.splits import heldout_documents
 from scale_sae_jax.training.interrupts import Interrupted
+
+# What the first two passes of the model that a buffer on devices needs are called.
+FIRST_FILLED = {FIRST_ROWS: "first rows", 0: "first buffer"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
 
     A store that was complete before is read whole and compared with its checksums, unless the run
     in `workdir` has a checkpoint: it was compared then. Raises UserError if it is damaged, and
-    Interrupted when `stop` is set during a harvest; complete shards are kept.
+    Interrupted when `stop` is set during a harvest, whose complete shards are kept, or while the
+    model fills a buffer, also a later one.
     """
     if config.synthetic.features:
         return Sources(*open_synthetic(config.synthetic), None)
@@ -94,7 +98,14 @@ def open_sources(config: Config, workdir: Path, stop: Event, console: Console) -
     lm = load_language_model(config.lm)
     if config.activations.buffer:
         mesh = mesh_of_run(config, experts_of(config.sae))
-        return Sources(ActivationStream(lm, config, mesh), None, lm)
+
+        def filling(buffer: int, done: int, total: int) -> None:
+            if buffer in FIRST_FILLED:  # later ones are filled between steps, whose bar is shown
+                console.progress(FIRST_FILLED[buffer], done, total)
+            if processes.any_of(stop.is_set()):
+                raise Interrupted("stopped while the model filled a buffer of activations")
+
+        return Sources(ActivationStream(lm, config, mesh, filling), None, lm)
     path = Path(config.activations.path or workdir / "activations")
 
     def progress(done: int, total: int) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from test_harvest import FAR, LM, SPECIAL, D, model, text_config
 
-from scale_sae_jax.activations.stream import ActivationStream
+from scale_sae_jax.activations.stream import FIRST_ROWS, ActivationStream
 from scale_sae_jax.config import ActivationsConfig, Config, OptimConfig, SAEConfig, check
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel.mesh import make_mesh
+from scale_sae_jax.training.interrupts import Interrupted
 from scale_sae_jax.training.loop import train
 
 T, BUFFER = 64, 3
@@ -142,6 +143,37 @@ def test_training_on_the_fly_stops_and_resumes_bit_for_bit(tmp_path):
     for ours, theirs in zip(jax.tree.leaves(rest.state), jax.tree.leaves(whole.state),
                             strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_stop_while_a_buffer_is_filled_saves_what_was_trained(tmp_path):
+    config = dataclasses.replace(config_of(tmp_path), checkpoint_every=4)
+    whole = train(config, stream_of(config), tmp_path / "whole", Event())
+    seen = []
+
+    def stopped(buffer, done, total):
+        seen.append((buffer, done, total))
+        if buffer == 2 and done:
+            raise Interrupted("stopped")
+
+    mesh = make_mesh("data:2,expert:4", 8)
+    short = train(config, ActivationStream(model(), config, mesh, stopped), tmp_path / "cut",
+                  Event())
+    assert short.step == 2 * BUFFER and not short.finished
+    for buffer in (FIRST_ROWS, 0, 1):
+        done, totals = zip(*((d, t) for b, d, t in seen if b == buffer))
+        assert done[0] == 0 and list(done) == sorted(done) and done[-1] == totals[0]
+    rest = train(config, stream_of(config), tmp_path / "cut", Event())
+    for ours, theirs in zip(jax.tree.leaves(rest.state), jax.tree.leaves(whole.state),
+                            strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_buffer_is_not_larger_than_the_run(tmp_path):
+    config, batches = dataclasses.replace(config_of(tmp_path), steps=5), []
+    for size in (5, 10**6):
+        buffer = dataclasses.replace(config.activations, buffer=size)
+        batches.append(stream_of(dataclasses.replace(config, activations=buffer)).batches(0, 5, 5))
+    np.testing.assert_array_equal(*batches)
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path):

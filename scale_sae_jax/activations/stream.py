@@ -1,16 +1,17 @@
 """Activations made as they are trained on: from the language model to the autoencoder on devices.
 
-Training takes its batches from a buffer of `config.activations.buffer` batches. The model fills it
+Training takes its batches from a buffer of `config.activations.buffer` batches (or of all that a
+run takes, if these are fewer). The model fills it
 from the next rows of text; each device shuffles the activations of its own rows, and gives batches
 until the buffer is used up. It reads as many rows as fill it, judged by what the masks keep of the
-first ones, and takes no activation of them twice. Of several processes each reads its own
+first ones, and takes no activation of them twice; a text with fewer rows is read again. Of several processes each reads its own
 documents, every P-th of the text. What a buffer holds is a pure function of the text, the seed and
 its number, so a resumed run goes on with the same batches, on the same mesh and processes. Nothing
 is written, and no activation passes through a host; tokens that the masks leave out are never
 trained on.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, repeat
 from typing import Any
 
@@ -34,6 +35,8 @@ from scale_sae_jax.text.splits import document_hash, training_documents
 # and by chance a device's rows keep so many standard deviations less than they do on average.
 SPARE, DEVIATIONS = 1.1, 4.0
 BATCHES = PartitionSpec(None, *TOKENS)
+FIRST_ROWS = -1  # in the place of a buffer's number
+Progress = Callable[[int, int, int], None]
 
 
 class ActivationStream:
@@ -41,13 +44,21 @@ class ActivationStream:
 
     mean, median_norm: of the kept activations of the first rows, which later ones are held
     against. n: activations that one run takes, counted as `batch_size * steps`. d: their width.
+
+    Args:
+      progress: called with (number of the buffer that is filled or `FIRST_ROWS`, positions that the
+        model has read, positions in all), in every process alike. What it raises ends the filling.
     """
 
-    def __init__(self, lm: ReadableModel, config: Config, mesh: Mesh):
-        self._lm, self._config, self._mesh = lm, config, mesh
+    def __init__(
+        self, lm: ReadableModel, config: Config, mesh: Mesh,
+        progress: Progress = lambda buffer, done, total: None,
+    ):
+        self._lm, self._config, self._mesh, self._progress = lm, config, mesh, progress
         self._params = params_on(mesh, lm, config.lm)
         self._rows_per_call = -(-config.lm.rows_per_batch // mesh.size) * mesh.size
-        self._needed = config.activations.buffer * (config.batch_size // mesh.size)  # by a device
+        self._size = min(config.activations.buffer, config.steps)  # batches
+        self._needed = self._size * (config.batch_size // mesh.size)  # by a device
         self._run, self._mix = jax.jit(self._forward), self._make_mix()
         self._number, self._buffer = -1, None
         self._rows: Iterator[TokenRows] = iter(())
@@ -61,14 +72,14 @@ class ActivationStream:
 
     def batches(self, first: int, last: int, room: int) -> Float32[Array, "C T D"]:
         """The batches of steps first ... last - 1 on the mesh; the rest of `room` is void."""
-        size = self._config.activations.buffer
+        size = self._size
         steps = [min(step, last - 1) for step in range(first, first + room)]
         places = np.array([step % size for step in steps], np.int32)
         return _stack([self._buffer_of(step // size) for step in steps], places)
 
     def rows(self, ids: Int64[np.ndarray, " T"]) -> Float32[np.ndarray, "T D"]:
         """A sample of as many rows as there are ids, from the first buffer: for principal axes."""
-        flat = processes.everywhere(self._fill(0)).reshape(-1, self.d)
+        flat = processes.everywhere(self._buffer_of(0)).reshape(-1, self.d)
         return flat[ids % len(flat)]
 
     def _forward(
@@ -84,20 +95,28 @@ class ActivationStream:
         """The model on the rows of buffer `number`; goes on in the text if it is the next one."""
         if number != self._number + 1 or number == 0:
             self._rows = islice(self._endless_rows(), number * self._calls, None)
-        yield from self._model_on(islice(self._rows, self._calls), self._limit)
+        rows, self._number = islice(self._rows, self._calls), FIRST_ROWS  # if this does not end
+        yield from self._model_on(rows, self._calls, self._limit, number)
         self._number = number
 
     def _model_on(
-        self, calls: Iterable[TokenRows], limit: float
+        self, calls: Iterable[TokenRows], count: int, limit: float, buffer: int
     ) -> Iterator[tuple[Array, Array, Array]]:
-        """What `_forward` returns for the rows of each call."""
+        """What `_forward` returns for the rows of each of `count` calls, one ahead of progress."""
         by_row = NamedSharding(self._mesh, TOKENS)
         special = self._lm.tokenizer.special_ids
-        for rows in calls:
+        a_call = self._rows_per_call * self._config.text.context
+        before = None
+        for done, rows in enumerate(calls):
             flags = token_flags(rows.tokens, rows.segments, special)
             inputs = rows.tokens, rows.segments, keep(flags, self._config.activations)
             here = (jax.make_array_from_process_local_data(by_row, array) for array in inputs)
-            yield self._run(self._params, *here, np.float32(limit))
+            result = self._run(self._params, *here, np.float32(limit))
+            jax.block_until_ready(before)
+            self._progress(buffer, done * a_call, count * a_call)
+            yield result
+            before = result
+        self._progress(buffer, count * a_call, count * a_call)
 
     def _endless_rows(self) -> Iterator[TokenRows]:
         """This process's rows of each call, passes over its documents one after the other.
@@ -122,7 +141,8 @@ class ActivationStream:
         They are as many rows as would fill a buffer if all of their positions were kept.
         """
         calls = self._calls_for(self._config.text.context - 1.0, 0.0)
-        results = list(self._model_on(islice(self._endless_rows(), calls), np.inf))
+        rows = islice(self._endless_rows(), calls)
+        results = list(self._model_on(rows, calls, np.inf, FIRST_ROWS))
         kept = np.concatenate([processes.everywhere(r[1]) for r in results])
         norms = np.concatenate([processes.everywhere(r[2]) for r in results])
         if not kept.any():
@@ -181,7 +201,7 @@ class ActivationStream:
 
     def _make_mix(self) -> Any:
         """Jitted (hidden, kept, key) -> batches [B, T, D], and the least kept on any device."""
-        batches = self._config.activations.buffer
+        batches = self._size
         own = self._config.batch_size // self._mesh.size
 
         def on_device(hidden: list[Array], kept: list[Array], key: Array) -> tuple[Array, Array]:

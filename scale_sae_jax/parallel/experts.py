@@ -1,7 +1,7 @@
 """An autoencoder on a mesh: the same module, on each device's tokens and experts.
 
-Its loss, codes and gradients are those of one device up to the order of sums. One dictionary lies on
-every device, and only tokens are split.
+Its loss, codes and gradients are those of one device up to the order of sums. One dictionary lies
+on every device, and only tokens are split.
 """
 
 import dataclasses

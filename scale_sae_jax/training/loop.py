@@ -25,6 +25,7 @@ from scale_sae_jax.sae.autoencoder import Autoencoder
 from scale_sae_jax.sae.registry import build
 from scale_sae_jax.training import metrics, state
 from scale_sae_jax.training.checkpoints import Checkpoints
+from scale_sae_jax.training.interrupts import Interrupted
 from scale_sae_jax.training.optim import optimiser, schedule
 from scale_sae_jax.training.step import make_steps
 
@@ -124,6 +125,8 @@ def follow(
 
     Args:
       records: one for each autoencoder.
+
+    Raises Interrupted where the very first batch was not read before `stop` was set.
     """
     newest = checkpoints.latest
     if newest is None:
@@ -136,25 +139,30 @@ def follow(
         for own in records:
             stack.enter_context(own.writing(start))
         clock = _Clock(start, seconds, config.batch_size, len(records))
-        batches = _read_ahead(program, config, start)
+        batches, step, saved = _read_ahead(program, config, start), start, start
         for step, n, x in batches:
             now, values = program.steps(now, x, n, mean)
-            finished = step == config.steps
-            stopping = processes.any_of(stop.is_set())
-            logged = step % config.log_every == 0 or step == 1 or finished
+            logged = step % config.log_every == 0 or step in (1, config.steps)
+            due = config.checkpoint_every and step % config.checkpoint_every == 0
+            # Hosts that ask each other wait for their devices: only where these are waited for.
+            asked = logged or due or not processes.several()
+            stopping = asked and processes.any_of(stop.is_set())
             if logged or stopping:
                 _refuse_bad(now, checkpoints)
                 values = {name: np.atleast_1d(value) for name, value in values.items()}
                 shared = {"step": step, **clock.read(step)}
                 for place, own in enumerate(records):
                     own.take(shared | {n: float(v[place]) for n, v in values.items()}, logged)
-            due = config.checkpoint_every and step % config.checkpoint_every == 0
-            if due or finished or stopping:
+            if due:
                 _refuse_bad(now, checkpoints)
                 checkpoints.save(now, clock.seconds())
+                saved = step
             if stopping:
                 break
         batches.close()
+        if step != saved:
+            _refuse_bad(now, checkpoints)
+            checkpoints.save(now, clock.seconds())
     return now
 
 
@@ -187,7 +195,8 @@ def _read_ahead(
     """(last step, n, batches [C, T, D]) for the remaining steps, n at a time.
 
     The batches of the next call are read while the device computes; those after the n-th are void.
-    Programs that make batches on devices are started in the order of the calls.
+    Programs that make batches on devices are started in the order of the calls. Ends early where
+    reading is interrupted.
     """
 
     def read(first: int, last: int) -> jax.Array:
@@ -195,7 +204,8 @@ def _read_ahead(
 
     calls = list(_calls(config, start))
     if program.on_devices:
-        yield from ((last, last - first, read(first, last)) for first, last in calls)
+        with contextlib.suppress(Interrupted):
+            yield from ((last, last - first, read(first, last)) for first, last in calls)
         return
     if not calls:
         return
