@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
+from numpy.typing import DTypeLike
 
 from scale_sae_jax.activations.masks import evaluated, keep, largest_evaluated, token_flags
 from scale_sae_jax.activations.store import MANIFEST, read_manifest
@@ -41,8 +42,8 @@ class Edit(NamedTuple):
     """What happens to the residual stream x at every kept position, in this order.
 
     splice []: x^ takes the place of x. ablate [A]: latents whose part value * direction is taken
-    away, where they fire; what the autoencoder does not explain, x - x^, stays. steer [C]: latents
-    whose decoder direction is added, `amounts` [C] times.
+    away, where they fire; what the autoencoder does not explain, x - x^, stays; -1 is none. steer
+    [C]: latents whose decoder direction is added, `amounts` [C] times.
     """
 
     splice: Bool[Array, ""]
@@ -160,14 +161,15 @@ class Attached:
             raise UserError("ablate takes a list of latents, steer a dict of latent: multiple")
         if not all(isinstance(a, Real) and math.isfinite(a) for a in steer.values()):
             raise UserError(f"steer = {dict(steer)}: multiples must be finite numbers")
-        if not (splice or ablate or steer):
+        gone, added = self._ids(ablate), self._ids(steer)
+        if not (splice or gone or added):
             logits = self._clean(self.lm.params, row.tokens, row.segments)
         else:
             edit = Edit(
                 np.bool_(splice),
-                self._ids(ablate),
-                self._ids(steer),
-                np.array(list(steer.values()), np.float32),
+                _filled(gone, -1, np.int32),
+                _filled(added, 0, np.int32),
+                _filled(list(steer.values()), 0, np.float32),
             )
             arrays = self.lm.params, self.params, row, np.float32(self.max_norm), edit
             logits = self._edited(*arrays)
@@ -231,13 +233,21 @@ class Attached:
     def _strings(self, tokens: Int[np.ndarray, " S"]) -> list[str]:
         return [self.lm.tokenizer.token_string(int(token)) for token in tokens]
 
-    def _ids(self, latents: Collection[Any]) -> Int[np.ndarray, " n"]:
+    def _ids(self, latents: Collection[Any]) -> list[int]:
+        if isinstance(latents, np.ndarray | Array):
+            latents = np.asarray(latents).reshape(-1)
         for latent in latents:
             if not isinstance(latent, Integral) or not 0 <= latent < self.sae.latents:
                 raise UserError(
                     f"there is no latent {latent!r}: ids are 0 to {self.sae.latents - 1}"
                 )
-        return np.array(list(latents), np.int32)
+        return [int(latent) for latent in latents]
+
+
+def _filled(values: list, blank: int, dtype: DTypeLike) -> np.ndarray:
+    """With blanks up to a power of two, so that few numbers of edits are compiled."""
+    size = 1 << max(len(values) - 1, 0).bit_length()
+    return np.array(values + [blank] * (size - len(values)), dtype)
 
 
 def attach(

@@ -58,8 +58,9 @@ def check_run(config: Config) -> None:
             f"heldout_fraction = {text.heldout_fraction} of config.text.path = '{text.path}'"
         )
         raise UserError(
-            f"config.text.{how} holds out no document to evaluate on: give more text, or name some "
-            "with --config.text.heldout_path=FILE.jsonl"
+            f"config.text.{how} holds out no document to evaluate on: raise "
+            "--config.text.heldout_fraction, give more text, or name some with "
+            "--config.text.heldout_path=FILE.jsonl"
         )
 
 

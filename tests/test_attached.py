@@ -4,6 +4,7 @@ import functools
 from pydoc_data.topics import topics
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import WIDTH, write_model
@@ -129,6 +130,20 @@ def test_steering_adds_multiples_of_directions(attached):
         attached.lm.tokenizer.token_string(i) for i in order.tolist()
     ]
     close([p for _, p in likeliest], probs[order])
+
+
+def test_latents_come_in_any_collection_and_few_numbers_of_them_are_compiled(attached):
+    three = attached.logits(TEXT, ablate=[5, 40, 41], steer={7: 2.0, 9: 1.0, 11: -1.0})
+    compiled = attached._edited._cache_size()
+    for ids in ({5, 40, 41}, np.array([[5, 40, 41]]), jnp.array([5, 40, 41]), [5, 40, 41, 41]):
+        close(attached.logits(TEXT, ablate=ids, steer={7: 2.0, 9: 1.0, 11: -1.0}), three)
+    assert attached._edited._cache_size() == compiled
+    fired = int(attached.codes(TEXT).codes.ids[-1, 0])
+    one = attached.logits(TEXT, ablate=[fired])
+    assert abs(one - attached.logits(TEXT)).max() > 0
+    close(attached.logits(TEXT, ablate=np.array([fired])), one)
+    first = attached.logits(TEXT, ablate=[0])
+    close(attached.logits(TEXT, ablate=np.array([0])), first)
 
 
 def test_masks_that_are_off_let_position_0_be_edited(attached):

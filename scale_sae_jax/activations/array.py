@@ -127,6 +127,8 @@ def map_array(path: Path) -> np.ndarray:
         ) from None
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is not a plain .npy array of numbers: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} is a .npz archive: save the array alone with numpy.save")
     sound = array.ndim == 2 and len(array) and array.shape[1] > 1
     if not sound or array.dtype not in (np.float16, np.float32):
         raise UserError(

@@ -6,8 +6,9 @@ come out byte for byte as without one.
 
 Several processes read a text in parts, as many as there are processes when the harvest begins: part
 p of P takes every P-th document, has a sequence of its own and is a store of its own, DIR/part-p.
-When all are complete, DIR/manifest.json lists the shards of all. No process reads another's text or
-waits for its activations, and other processes, in other numbers, can go on with the parts.
+When all are complete, DIR/manifest.json lists the shards of all. Every process reads the whole
+text, tokenises its own documents alone, and waits for no other's activations; other processes, in
+other numbers, can go on with the parts.
 """
 
 import dataclasses
@@ -198,8 +199,6 @@ def _finish(folder: Path, manifest: Manifest, parts: list[_Part], wanted: int) -
             mean_squared_norm=float(weights @ [one.mean_squared_norm for one in made]),
             note=_note(sum(one.n for one in made), wanted),
         ))
-    if note := store.read_manifest(folder).note:
-        print(f"{folder}: {note}")
 
 
 def _note(kept: int, wanted: int) -> str:

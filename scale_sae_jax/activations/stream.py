@@ -4,11 +4,11 @@ Training takes its batches from a buffer of `config.activations.buffer` batches 
 run takes, if these are fewer). The model fills it
 from the next rows of text; each device shuffles the activations of its own rows, and gives batches
 until the buffer is used up. It reads as many rows as fill it, judged by what the masks keep of the
-first ones, and takes no activation of them twice; a text with fewer rows is read again. Of several processes each reads its own
-documents, every P-th of the text. What a buffer holds is a pure function of the text, the seed and
-its number, so a resumed run goes on with the same batches, on the same mesh and processes. Nothing
-is written, and no activation passes through a host; tokens that the masks leave out are never
-trained on.
+first ones, and takes no activation of them twice; a text with fewer rows is read again. Of
+several processes each reads its own documents, every P-th of the text. What a buffer holds is a
+pure function of the text, the seed and its number, so a resumed run goes on with the same batches,
+on the same mesh and processes. Nothing is written, and no activation passes through a host; tokens
+that the masks leave out are never trained on.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.files import looked_from
 from scale_sae_jax.interop import files, sae_lens, sparsify
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.sae.registry import has_experts
@@ -125,6 +126,6 @@ def _download(repo: str, patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
     except Exception as error:  # its own, of its HTTP library, of the socket: all mean the same
         raise UserError(
-            f"{repo} is no local folder and cannot be had from the hub ({type(error).__name__}): "
-            "check the name and the network"
+            f"{repo} is no local folder{looked_from(Path(repo))} and cannot be had from the hub "
+            f"({type(error).__name__}): check the name and the network"
         ) from None

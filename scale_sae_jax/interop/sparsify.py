@@ -42,7 +42,8 @@ def save(
     if expert is None and has_experts(sae.config):
         raise UserError(
             "many experts are not one TopK SAE: a router masks the latents of all but the selected "
-            "experts; write the decoder alone (decoder_only), or export to sae_lens as scale_moe"
+            "experts; write the decoder alone with --decoder_only, or export to sae_lens as "
+            "scale_moe"
         )
     if expert is None:
         plain = to_plain(sae, params)
@@ -51,7 +52,7 @@ def save(
     if plain.kind != "topk":
         raise UserError(
             f"sparsify encodes with top-k only, and '{plain.kind}' keeps latents by another rule: "
-            "write the decoder alone (decoder_only), or export to sae_lens"
+            "write the decoder alone with --decoder_only, or export to sae_lens"
         )
     arrays = {"w_enc": plain.w_enc.T, "b_enc": plain.b_enc}
     arrays |= {"w_dec": plain.w_dec, "b_dec": plain.b_dec}

@@ -30,9 +30,15 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     kept = [line for line in read_lines(path) if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with _telling(path.parent):
+        partial.write_text(text)
+        partial.replace(path)
     return kept
+
+
+def _telling(workdir: Path) -> contextlib.AbstractContextManager:
+    remedy = "make room, then the same command goes on from the last checkpoint"
+    return telling(f"records cannot be written to {workdir}", remedy)
 
 
 class MetricsWriter:
@@ -41,7 +47,7 @@ class MetricsWriter:
     def __init__(self, workdir: Path, resumed_step: int, wandb_config: dict | None):
         self._workdir = workdir
         self._wandb = _start_wandb(workdir, wandb_config) if wandb_config is not None else None
-        with self._telling():
+        with _telling(self._workdir):
             self._file = open(workdir / "metrics.jsonl", "ab", buffering=0)
             self._board = SummaryWriter(
                 str(workdir / "tensorboard"), purge_step=resumed_step or None
@@ -51,7 +57,7 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        with self._telling():
+        with _telling(self._workdir):
             self._file.close()
             self._board.close()
         if self._wandb is not None:
@@ -59,17 +65,13 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """`record` holds `step` and numbers."""
-        with self._telling():
+        with _telling(self._workdir):
             self._file.write((json.dumps(record) + "\n").encode())
             for name, value in record.items():
                 if name != "step":
                     self._board.add_scalar(name, value, record["step"])
         if self._wandb is not None:
             self._wandb.log(record, step=record["step"])
-
-    def _telling(self) -> contextlib.AbstractContextManager:
-        remedy = "make room, then the same command goes on from the last checkpoint"
-        return telling(f"records cannot be written to {self._workdir}", remedy)
 
 
 def import_wandb() -> Any:

@@ -56,7 +56,7 @@ def write_site(
         values = {latent: latent_record(findings, tokens, latent) for latent in ids}
         scripts[f"latents-{shard}.js"] = f"dashboard.shards[{shard}] = {script_json(values)};\n"
     site_folder(folder)
-    with telling(f"cannot write {folder}", "name another folder"):
+    with telling(f"cannot write {folder}", "name another folder with --to=FOLDER"):
         (folder / "data").mkdir(parents=True, exist_ok=True)
         for old in (folder / "data").glob("latents-*.js"):
             old.unlink()
