@@ -35,6 +35,7 @@ from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.sae.codes import Codes
 from scale_sae_jax.workdir import read_config
 
+Ids = Collection[int] | Int[Array | np.ndarray, "..."]  # of latents
 SHORTEST_ROW = 16  # rows are as long as a power of two, so that few lengths are compiled
 
 
@@ -142,7 +143,7 @@ class Attached:
         text: str,
         *,
         splice: bool = False,
-        ablate: Collection[int] = (),
+        ablate: Ids = (),
         steer: Mapping[int, float] | None = None,
     ) -> Float[np.ndarray, "S V"]:
         """Next-token logits, float32, at every token of a text; those of the model if no edit.
@@ -181,7 +182,7 @@ class Attached:
         n: int = 5,
         *,
         splice: bool = False,
-        ablate: Collection[int] = (),
+        ablate: Ids = (),
         steer: Mapping[int, float] | None = None,
     ) -> list[tuple[str, float]]:
         """The n likeliest next tokens after a text, edited as by `logits`, with probabilities."""
@@ -233,7 +234,7 @@ class Attached:
     def _strings(self, tokens: Int[np.ndarray, " S"]) -> list[str]:
         return [self.lm.tokenizer.token_string(int(token)) for token in tokens]
 
-    def _ids(self, latents: Collection[Any]) -> list[int]:
+    def _ids(self, latents: Collection[Any] | Array | np.ndarray) -> list[int]:
         if isinstance(latents, np.ndarray | Array):
             latents = np.asarray(latents).reshape(-1)
         for latent in latents:
