@@ -1,7 +1,9 @@
 """The whole evaluator on stand-ins: a tied autoencoder with experts and a one-matrix model."""
 
+import gc
 import json
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -61,10 +63,13 @@ class TiedSAE:
         return sum(p.size for p in params.values())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class BigramLM:
-    params: dict
+    params: dict = field(compare=False)
     vocab: int = V
+
+    def without_params(self):
+        return replace(self, params=None)
 
     def run_from(self, params, hidden, segments, layer):
         return hidden @ params["unembed"] * (1 + layer)
@@ -204,6 +209,15 @@ def test_ablations_can_be_run_beforehand():
     assert doubled["ce_zero"] == pytest.approx(2 * plain["ce_zero"])
     assert doubled["ce_mean"] == pytest.approx(2 * plain["ce_mean"])
     assert doubled["ce_spliced"] == plain["ce_spliced"]
+
+
+def test_what_is_compiled_keeps_no_parameters_of_the_language_model():
+    lm = model()
+    kept = weakref.ref(lm.params["unembed"])
+    run(TiedSAE(8, 2), parameters(), [make_batch()], lm=lm)
+    del lm
+    gc.collect()
+    assert kept() is None
 
 
 def test_outliers_are_left_out_and_counted():

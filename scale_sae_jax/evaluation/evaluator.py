@@ -54,11 +54,16 @@ class SparseAutoencoder(Protocol):
 
 @runtime_checkable
 class SplicedModel(Protocol):
-    """What it asks of a language model."""
+    """What it asks of a language model.
+
+    without_params: the same, with None for `params`, equal by value: what is compiled for it stays
+    in memory, and must not keep parameters there.
+    """
 
     params: PyTree
     vocab: int
 
+    def without_params(self) -> "SplicedModel": ...
     def run_from(self, params: PyTree, hidden: Array, segments: Array, layer: int) -> Array: ...
 
 
@@ -170,7 +175,7 @@ def with_ablations(
     `max_norm` must be those of `evaluate`.
     """
     inputs = batch.x, batch.tokens, batch.segments, batch.scored
-    terms = _ablate(lm, layer, lm.params, np.asarray(mean), np.float32(max_norm), *inputs)
+    terms = _ablate(lm.without_params(), layer, lm.params, np.asarray(mean), np.float32(max_norm), *inputs)
     return batch._replace(ablated=jax.device_get(terms))
 
 
@@ -283,8 +288,7 @@ def evaluate(
       mean: mean activation of the training stream.
       median_norm: median activation norm of the training stream.
       max_norm_ratio: tokens over this multiple of it are outliers; 0 means there are none.
-      lm: the language model to splice into, hashable; None if there is none (an array of
-        activations).
+      lm: the language model to splice into; None if there is none (an array of activations).
       layer: 0-based block whose output the activations are; needed with `lm`.
       training: `TRAINING_KEYS`, copied into the result.
       bootstrap: resamplings of the documents for the 95 % intervals; 0 for none.
@@ -307,7 +311,8 @@ def evaluate(
             spliced, ablated = splice.no_terms(batch.real.shape)
         else:
             rows = splice.Rows(batch.x, batch.tokens, batch.segments, result.kept)
-            spliced = measure_splice(lm, layer, lm.params, rows, result.reconstructed, batch.real)
+            arrays = rows, result.reconstructed, batch.real
+            spliced = measure_splice(lm.without_params(), layer, lm.params, *arrays)
             if batch.ablated is None:
                 batch = with_ablations(batch, lm, layer, mean, float(max_norm))
             ablated = batch.ablated

@@ -42,9 +42,9 @@ class ModelSummary:
     max_context: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LanguageModel:
-    """A decoder-only language model and its tokenizer.
+    """A decoder-only language model and its tokenizer. Equal ones have the same weights.
 
     The methods are pure functions of (params, arrays) and work inside `jax.jit`, `layer` static.
     `layer` is the 0-based block whose output, the residual stream, is meant. Segments: 0 padding,
@@ -54,10 +54,17 @@ class LanguageModel:
     """
 
     module: nn.Module
-    params: PyTree
+    params: PyTree = dataclasses.field(compare=False, repr=False)
     name: str
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer = dataclasses.field(compare=False, repr=False)
     sha256: str
+
+    def without_params(self) -> "LanguageModel":
+        """The same with None for parameters: as good an argument of functions that are given them.
+
+        What JAX keeps of it, as of any static argument, then keeps no parameters in memory.
+        """
+        return dataclasses.replace(self, params=None)
 
     @property
     def width(self) -> int:
