@@ -47,13 +47,18 @@ class Bars(Console):
 def table(results: dict[str, Any]) -> str:
     """The short table at the end of a run."""
 
+    def shown(value: float, form: str) -> str:
+        return format(value, form if abs(value) < 1e9 else ".3g")
+
     def number(key: str, form: str) -> str:
         value = results.get(key)
-        return "-" if value is None else format(value, form)
+        return "-" if value is None else shown(value, form)
 
     def interval(key: str) -> str:
         bounds = results.get(f"{key}_ci95")
-        return "" if not bounds or None in bounds else f"  [{bounds[0]:.4f}, {bounds[1]:.4f}]"
+        if not bounds or None in bounds:
+            return ""
+        return "  [{}, {}]".format(*(shown(bound, ".4f") for bound in bounds))
 
     load = results.get("expert_load") or [1.0]
     rows = [

@@ -181,6 +181,11 @@ def measure_run(
     if isinstance(sources.heldout, SyntheticActivations):
         truth = measure_ground_truth(sae, params, sources.heldout, config.eval.tokens)
         results |= {name: json_value(value) for name, value in truth.items()}
+    if (results["fvu"] or 0) > 1:
+        console.note(
+            f"FVU {results['fvu']:.3g}: the mean activation alone has 1; train longer, or, where "
+            "activations are far from the unit size, with --config.sae.input_scale=true"
+        )
     return results
 
 

@@ -112,7 +112,10 @@ def cell(
     Raises UserError for settings that do not fit together, as `from_config_dict`.
     """
     settings.update_from_flattened_dict(overrides or {})
-    return Cell(axes, from_config_dict(settings), texts or {})
+    try:
+        return Cell(axes, from_config_dict(settings), texts or {})
+    except UserError as error:
+        raise UserError(f"cell {Cell(axes, Config()).name}: {error}") from error
 
 
 def read_grid(name: str) -> list[Cell]:
@@ -129,19 +132,21 @@ def read_grid(name: str) -> list[Cell]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        cells = list(module.get_grid(arg))
-    except UserError:
-        raise
+        cells = module.get_grid(arg)
+    except UserError as error:
+        raise UserError(f"--grid={name}: {error}") from error
     except Exception as error:  # whatever a grid file of the user's may raise
         if isinstance(error, AttributeError) and error.name == "get_grid":
             raise UserError(
                 f"--grid={name}: the file defines no get_grid(): see configs/grids/active.py"
             ) from error
-        raise UserError(f"{type(error).__name__} in --grid={name}: {error}") from error
+        own = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        place = f", line {own[-1]}" if own else ""
+        raise UserError(f"--grid={name}{place}: {type(error).__name__}: {error}") from error
+    if not isinstance(cells, list) or not all(isinstance(c, Cell) for c in cells):
+        raise UserError(f"--grid={name}: get_grid must return a list of scale_sae_jax.sweep.cell")
     if not cells:
         raise UserError(f"--grid={name}: the grid has no cells; look at its arguments")
-    if not all(isinstance(c, Cell) for c in cells):
-        raise UserError(f"--grid={name}: get_grid must return a list of scale_sae_jax.sweep.cell")
     seen = set()
     for here in cells:
         if here.name in seen:
