@@ -295,6 +295,8 @@ def bad_row(row, value):
         (np.ones((10, 1), np.float32), "d at least 2"),
         (np.zeros((20, 2), np.float32), "its 18 rows to train on are all the same"),
         (np.full((20, 2), 3.0, np.float32), "its 18 rows to train on are all the same"),
+        (np.eye(20, dtype=np.float32) * 1e-25, "multiply the array by a number"),
+        (np.eye(20, dtype=np.float32) * 1e25, "inf in the median .*: multiply the array"),
         (np.asfortranarray(np.ones((10, 2), np.float32)), "Fortran"),
         (np.array([[{}]]), "not a plain .npy array"),
         (np.ones((3, 2), np.float32), "leaves 3 to train on and 0 to evaluate"),

@@ -11,6 +11,7 @@ from scale_sae_jax.errors import UserError
 from scale_sae_jax.files import local, looked_from
 
 CHUNK_ROWS = 8192
+NORMS = 1e-15, 1e15  # between these float32 holds squares, and their products with others
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +60,8 @@ def open_array(
         the mean too; 0 keeps all. Held-out rows all stay: the evaluator counts outliers.
 
     Raises:
-      UserError: if the file is missing or no such array, holds a NaN or an infinity, has too few
-        rows for both parts, or one and the same row to train on.
+      UserError: if the file is missing or no such array, holds a NaN or an infinity, numbers whose
+        squares leave float32, too few rows for both parts, or one and the same row to train on.
     """
     path = local(path)
     array = map_array(path)
@@ -81,12 +82,19 @@ def open_array(
         if stop <= training:
             differ = differ or bool((chunk != first).any())
             total += chunk.sum(axis=0, dtype=np.float64)
-            norms[start:stop] = np.linalg.norm(chunk, axis=1)
+            with np.errstate(over="ignore"):  # which leaves infinity
+                norms[start:stop] = np.linalg.norm(chunk, axis=1)
     if not differ:
         raise UserError(
             f"{path}: its {training} rows to train on are all the same: there is nothing to learn"
         )
     median_norm = float(np.median(norms))
+    if norms.max() < NORMS[0] or median_norm > NORMS[1]:
+        raise UserError(
+            f"{path}: norms are {median_norm:.2g} in the median and {norms.max():.2g} at most, and "
+            "float32 does not hold the squares of such activations: multiply the array by a number "
+            "that brings norms near 1"
+        )
     far = outliers(norms, median_norm, max_norm_ratio)
     if far.all():
         raise UserError(
