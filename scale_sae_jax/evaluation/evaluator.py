@@ -175,7 +175,8 @@ def with_ablations(
     `max_norm` must be those of `evaluate`.
     """
     inputs = batch.x, batch.tokens, batch.segments, batch.scored
-    terms = _ablate(lm.without_params(), layer, lm.params, np.asarray(mean), np.float32(max_norm), *inputs)
+    over = np.asarray(mean), np.float32(max_norm)
+    terms = _ablate(lm.without_params(), layer, lm.params, *over, *inputs)
     return batch._replace(ablated=jax.device_get(terms))
 
 
