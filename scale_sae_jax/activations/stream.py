@@ -12,6 +12,7 @@ that the masks leave out are never trained on.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice, repeat
 from typing import Any
 
@@ -79,8 +80,9 @@ class ActivationStream:
 
     def rows(self, ids: Int64[np.ndarray, " T"]) -> Float32[np.ndarray, "T D"]:
         """A sample of as many rows as there are ids, from the first buffer: for principal axes."""
-        flat = processes.everywhere(self._buffer_of(0)).reshape(-1, self.d)
-        return flat[ids % len(flat)]
+        buffer, each = self._buffer_of(0), self._config.batch_size
+        at = np.divmod(ids % (self._size * each), each)  # (batch, row in it)
+        return np.asarray(_taken(buffer, *at, NamedSharding(self._mesh, EVERYWHERE)))
 
     def _forward(
         self, params: Any, tokens: Array, segments: Array, allowed: Array, limit: Array
@@ -216,6 +218,11 @@ class ActivationStream:
             on_device, mesh=self._mesh, in_specs=(TOKENS, TOKENS, EVERYWHERE),
             out_specs=(BATCHES, EVERYWHERE), check_vma=False,
         ))
+
+
+@partial(jax.jit, static_argnums=3)
+def _taken(buffer: Array, batch: Array, row: Array, where: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(buffer[batch, row], where)
 
 
 @jax.jit

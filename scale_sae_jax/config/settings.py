@@ -127,10 +127,10 @@ class SAEConfig:
 
     architecture: 'scale' (many experts), or one dictionary: 'relu', 'gated', 'jumprelu', 'topk',
         'batchtopk', 'matryoshka' (sae/registry.py).
-    latents: dictionary width M over all experts. experts: N. active: experts a token uses (e).
+    latents: dictionary width L over all experts. experts: N. active: experts a token uses (e).
     match: for one dictionary, what makes it comparable with the many-expert SAE that `latents`,
-        `experts` and `active` describe: its 'active' width e m, its total 'width' M, or the width
-        at which a step takes the same 'time' here. '' for many experts, or where experts = 1.
+        `experts` and `active` describe: its 'active' width e L / N, its total 'width' L, or the
+        width at which a step takes the same 'time' here. '' for many experts, or where experts = 1.
     k: L0, latents a token may use; with a penalty, the L0 that it is steered to.
     gate: weight of a selected expert: 'prob' p, 'renorm' p/sum over the selected, 'softmax_probs'
         softmax over the selected probabilities, 'softmax_logits' over their logits, 'one'.
@@ -191,7 +191,7 @@ class SAEConfig:
 class OptimConfig:
     """Adam with a constant, then linearly falling learning rate.
 
-    lr: 0 takes the published rule 2e-4 / sqrt(M / 2^14). warmup, decay: fractions of the steps.
+    lr: 0 takes the published rule 2e-4 / sqrt(L / 2^14). warmup, decay: fractions of the steps.
     clip: global-norm clip of the gradient; 0 = off.
     param_dtype, moment_dtype: 'bfloat16' keeps matrices in half the memory between steps, rounded
         stochastically (training/precision.py); a step always computes in float32.

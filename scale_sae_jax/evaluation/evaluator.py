@@ -108,7 +108,7 @@ class BatchResult(NamedTuple):
     kept: Array  # [B, S] scored and no outlier
     terms: TokenTerms  # [B, S] each
     experts: Array  # [B, S, e]
-    firing: Array  # [M] kept tokens that each latent fires for
+    firing: Array  # [L] kept tokens that each latent fires for
 
 
 def measure(

@@ -28,7 +28,7 @@ def forward_flops(
 
     Args:
       width: model width d.
-      latents: dictionary width M over all experts.
+      latents: dictionary width L over all experts.
       experts: number of experts N; a plain autoencoder has 1.
       active: experts e selected for a token.
       k: latents a token may use (L0).

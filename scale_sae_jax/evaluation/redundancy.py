@@ -115,9 +115,9 @@ def _summary(
 
 
 def redundancy_metrics(
-    decoder: Float[Array | np.ndarray, "M D"], live: Bool[np.ndarray, " M"], n_experts: int
+    decoder: Float[Array | np.ndarray, "L D"], live: Bool[np.ndarray, " L"], n_experts: int
 ) -> dict[str, float]:
-    """Redundancy of the live rows of a decoder whose latent id is expert · (M / N) + latent.
+    """Redundancy of the live rows of a decoder whose latent id is expert · (L / N) + latent.
 
     `redundancy_t` is the share of live latents whose largest cosine exceeds t. `_intra` looks only
     inside the latent's expert, `_inter` only at other experts. `_null` is the expectation for

@@ -10,8 +10,8 @@ DENSITY_EDGES = np.linspace(-8.0, 0.0, 33)
 
 def firing_counts(
     ids: Int[Array, "T K"], fired: Bool[Array, "T K"], latents: int
-) -> Int[Array, " M"]:
-    """How many tokens each of the M latents fires for; slots that are not `fired` count nothing."""
+) -> Int[Array, " L"]:
+    """How many tokens each of the L latents fires for; slots that are not `fired` count nothing."""
     return jnp.zeros(latents, jnp.int32).at[ids].add(fired.astype(jnp.int32))
 
 
@@ -24,7 +24,7 @@ def l0_percentiles(l0: Int[np.ndarray, " T"]) -> dict[str, float | None]:
 
 
 def density_metrics(
-    firing: Int[np.ndarray, " M"], tokens: int
+    firing: Int[np.ndarray, " L"], tokens: int
 ) -> dict[str, float | list[int] | list[float]]:
     """Share of latents that never fire, and the histogram of log10 frequency of the others.
 

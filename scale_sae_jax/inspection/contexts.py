@@ -47,18 +47,18 @@ class Peaks(NamedTuple):
 
 
 class Contexts(NamedTuple):
-    """What is known of M latents after some text.
+    """What is known of L latents after some text.
 
-    firing [M]: kept tokens on which each fires. pieces [M]: pieces of text in which it does.
-    histogram [M, bins]: its activations in equal bins of [0, 2^exponent), exponent [M] the least
+    firing [L]: kept tokens on which each fires. pieces [L]: pieces of text in which it does.
+    histogram [L, bins]: its activations in equal bins of [0, 2^exponent), exponent [L] the least
     that holds them all. top: largest peaks first. sample: in the order of their hash. tokens: kept
     tokens read. rows: rows of text read.
     """
 
-    firing: Int[np.ndarray, " M"]
-    pieces: Int[np.ndarray, " M"]
-    histogram: Int[np.ndarray, "M bins"]
-    exponent: Int[np.ndarray, " M"]
+    firing: Int[np.ndarray, " L"]
+    pieces: Int[np.ndarray, " L"]
+    histogram: Int[np.ndarray, "L bins"]
+    exponent: Int[np.ndarray, " L"]
     top: Peaks
     sample: Peaks
     tokens: int
@@ -239,8 +239,8 @@ def spread(
 
 
 def counted(
-    histogram: Int[np.ndarray, "M bins"], exponent: Int[np.ndarray, " M"], fired: Fired
-) -> tuple[Int[np.ndarray, "M bins"], Int[np.ndarray, " M"]]:
+    histogram: Int[np.ndarray, "L bins"], exponent: Int[np.ndarray, " L"], fired: Fired
+) -> tuple[Int[np.ndarray, "L bins"], Int[np.ndarray, " L"]]:
     """The histogram with more events; where a latent outgrows its range, the range doubles.
 
     Bins of a range are pairs, or runs, of the bins of a smaller one, so no event is counted in a

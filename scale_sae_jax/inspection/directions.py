@@ -12,22 +12,22 @@ BLOCK = 512  # latents compared with all others at a time
 
 
 class Nearest(NamedTuple):
-    """The k nearest other live latents of each of M, by decoder cosine, nearest first.
+    """The k nearest other live latents of each of L, by decoder cosine, nearest first.
 
     Of the same expert (intra) and of other experts (inter); id -1 and cosine 0 where there are no
     more.
     """
 
-    intra: Int[np.ndarray, "M k"]
-    intra_cosine: Float[np.ndarray, "M k"]
-    inter: Int[np.ndarray, "M k"]
-    inter_cosine: Float[np.ndarray, "M k"]
+    intra: Int[np.ndarray, "L k"]
+    intra_cosine: Float[np.ndarray, "L k"]
+    inter: Int[np.ndarray, "L k"]
+    inter_cosine: Float[np.ndarray, "L k"]
 
 
 def nearest(
-    decoder: Float[Array | np.ndarray, "M D"], live: Bool[np.ndarray, " M"], experts: int, k: int
+    decoder: Float[Array | np.ndarray, "L D"], live: Bool[np.ndarray, " L"], experts: int, k: int
 ) -> Nearest:
-    """Nearest live latents of all M, dead ones included. `experts` have M / experts rows each."""
+    """Nearest live latents of all L, dead ones included. `experts` have L / experts rows each."""
     unit, live = _unit(jnp.asarray(decoder)), jnp.asarray(live)
     k, size = min(k, len(unit)), len(unit) // experts
     parts = [
@@ -54,13 +54,13 @@ def _nearest_of(unit: Array, live: Array, ids: Array, size: int, k: int) -> Near
 
 
 class Plane(NamedTuple):
-    """xy [M, 2]: decoder directions on two axes, within [-1, 1]; share: of their variance."""
+    """xy [L, 2]: decoder directions on two axes, within [-1, 1]; share: of their variance."""
 
-    xy: Float[np.ndarray, "M 2"]
+    xy: Float[np.ndarray, "L 2"]
     share: float
 
 
-def plane(decoder: Float[Array | np.ndarray, "M D"], live: Bool[np.ndarray, " M"]) -> Plane:
+def plane(decoder: Float[Array | np.ndarray, "L D"], live: Bool[np.ndarray, " L"]) -> Plane:
     """The two principal axes of the unit directions of live latents, and all latents on them.
 
     The inner product of unit directions is their cosine, so this is the plane that keeps most of
@@ -79,6 +79,6 @@ def plane(decoder: Float[Array | np.ndarray, "M D"], live: Bool[np.ndarray, " M"
     return Plane(xy / max(np.abs(xy).max(), np.finfo(float).tiny), float(share))
 
 
-def _unit(rows: Float[Array, "M D"]) -> Float[Array, "M D"]:
+def _unit(rows: Float[Array, "L D"]) -> Float[Array, "L D"]:
     norms = jnp.linalg.norm(rows, axis=-1, keepdims=True)
     return rows / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny)

@@ -21,7 +21,7 @@ WORDS, NEIGHBOURS, PROFILE = 10, 6, 24
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found of M latents in N experts; plan: how much of each was kept."""
+    """What was found of L latents in N experts; plan: how much of each was kept."""
 
     plan: contexts.Plan
     contexts: contexts.Contexts

@@ -19,15 +19,15 @@ BLOCK = 256  # latents whose logits [., V] are in memory at a time
 
 
 class Words(NamedTuple):
-    """Token ids [M, k] that each latent promotes and suppresses most, with their logits."""
+    """Token ids [L, k] that each latent promotes and suppresses most, with their logits."""
 
-    promoted: Int[np.ndarray, "M k"]
-    promoted_logits: Float[np.ndarray, "M k"]
-    suppressed: Int[np.ndarray, "M k"]
-    suppressed_logits: Float[np.ndarray, "M k"]
+    promoted: Int[np.ndarray, "L k"]
+    promoted_logits: Float[np.ndarray, "L k"]
+    suppressed: Int[np.ndarray, "L k"]
+    suppressed_logits: Float[np.ndarray, "L k"]
 
 
-def words(lm: LanguageModel, decoder: Float[Array | np.ndarray, "M D"], k: int) -> Words:
+def words(lm: LanguageModel, decoder: Float[Array | np.ndarray, "L D"], k: int) -> Words:
     """The k most promoted and suppressed tokens of the tokenizer's vocabulary for each latent."""
     find = jax.jit(partial(_words_of, lm, min(k, lm.tokenizer.vocab)))
     blocks = range(0, len(decoder), BLOCK)

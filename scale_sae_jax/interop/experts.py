@@ -25,7 +25,7 @@ BALANCE_RATE = 1e-3  # of an imported balance, should it be trained on; any but 
 
 @dataclass(frozen=True)
 class ExpertSAE:
-    """N experts of M / N latents; latent id = expert * (M / N) + latent. Options as `SAEConfig`'s.
+    """N experts of M = L / N latents; latent id = expert * M + latent. Options as `SAEConfig`'s.
 
     balance: added to the logits for the choice of experts alone; None if there is none.
     threshold: of topk_scope 'batch', where a latent above it counts; else None.
@@ -36,9 +36,9 @@ class ExpertSAE:
     gate: str
     gate_at: str
     topk_scope: str
-    w_enc: Float[np.ndarray, "D M"]
-    b_enc: Float[np.ndarray, " M"]
-    w_dec: Float[np.ndarray, "M D"]
+    w_enc: Float[np.ndarray, "D L"]
+    b_enc: Float[np.ndarray, " L"]
+    w_dec: Float[np.ndarray, "L D"]
     b_dec: Float[np.ndarray, " D"]
     w_router: Float[np.ndarray, "D N"]
     c_router: Float[np.ndarray, " N"]

@@ -3,7 +3,7 @@
 Architectures `standard`, `topk`, `jumprelu` and `gated` are SAELens' own. A many-expert autoencoder
 is `scale_moe`, which SAELens runs once `scale_sae_jax.interop.sae_lens_plugin` is imported:
 
-    W_enc [D, M], b_enc [M], W_dec [M, D], b_dec [D], W_router [D, N], b_router_in [D],
+    W_enc [D, L], b_enc [L], W_dec [L, D], b_dec [D], W_router [D, N], b_router_in [D],
     b_router_out [N]; balance [N] and threshold [] where its options have them
 """
 

@@ -36,7 +36,7 @@ class ScaleMoESAEConfig(SAEConfig):
 
 
 class ScaleMoESAE(SAE[ScaleMoESAEConfig]):
-    """Parameters: W_enc [D, M], b_enc [M], W_dec [M, D], b_dec [D], W_router [D, N],
+    """Parameters: W_enc [D, L], b_enc [L], W_dec [L, D], b_dec [D], W_router [D, N],
     b_router_in [D], b_router_out [N], and balance [N] and threshold [] where options have them.
     """
 
@@ -86,7 +86,7 @@ class ScaleMoESAE(SAE[ScaleMoESAEConfig]):
             return _largest(acts.flatten(-2), c.k).view_as(acts)
         raise ValueError(f"unknown topk_scope {c.topk_scope!r}")
 
-    def encode(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T M"]:
+    def encode(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T L"]:
         """Codes, gates included: what multiplies the decoder's rows."""
         centred = self.process_sae_in(x)
         weights, selected = self.weights(x.to(self.dtype))
@@ -99,7 +99,7 @@ class ScaleMoESAE(SAE[ScaleMoESAEConfig]):
             codes = self.survivors(acts) * weights.unsqueeze(-1)
         return self.hook_sae_acts_post(codes.flatten(-2))
 
-    def decode(self, feature_acts: Float[Tensor, "*T M"]) -> Float[Tensor, "*T D"]:
+    def decode(self, feature_acts: Float[Tensor, "*T L"]) -> Float[Tensor, "*T D"]:
         return self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
 
     def fold_W_dec_norm(self) -> None:

@@ -242,15 +242,18 @@ KERNELS = {
         chunk=1 << 25,
     ),
 }
+# Where experts lie on several devices, most pairs have no tile on one: the loop leaves these out.
+KERNELS["tiles_sharded"] = KERNELS["tiles"]._replace(dot=_loop_dot, outer=_loop_outer)
 BEST = {"cpu": "loop", "gpu": "tiles", "tpu": "ragged"}
+BEST_SHARDED = BEST | {"gpu": "tiles_sharded"}
 
 
 def choose(name: str, shards: int = 1) -> Kernel:
-    """The kernel of that name; 'auto' takes the one for the platform that JAX computes on."""
-    kernel = KERNELS[BEST.get(jax.default_backend(), "tiles") if name == "auto" else name]
-    if name == "auto" and kernel.dot is _tiles_dot and shards > 1:
-        kernel = kernel._replace(dot=_loop_dot, outer=_loop_outer)  # pairs elsewhere have no tiles
-    return kernel._replace(shards=shards)
+    """The kernel of that name; 'auto' takes the best for the platform that JAX computes on."""
+    if name == "auto":
+        best = BEST if shards == 1 else BEST_SHARDED
+        name = best.get(jax.default_backend(), best["gpu"])
+    return KERNELS[name]._replace(shards=shards)
 
 
 def one_expert(name: str) -> Kernel:

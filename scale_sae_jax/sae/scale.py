@@ -306,7 +306,7 @@ class ScaleSAE(nn.Module):
         """mean |x - x^|^2 + alpha d N sum_i f_i P_i (+ AuxK).
 
         Args:
-          dead: latents that AuxK revives, [N * M] by id; None where there are none.
+          dead: latents that AuxK revives, [L] by id; None where there are none.
         """
         c, shards = self.config, self.shards
         centred = self.centred(x)

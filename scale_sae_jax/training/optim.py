@@ -14,7 +14,7 @@ from scale_sae_jax.sae.start import normalise
 
 
 def learning_rate(config: OptimConfig, latents: int) -> float:
-    """The set rate, or the published rule 2e-4 / sqrt(M / 2^14)."""
+    """The set rate, or the published rule 2e-4 / sqrt(L / 2^14)."""
     return config.lr or 2e-4 / (latents / 2**14) ** 0.5
 
 

@@ -18,7 +18,7 @@ class TrainState(NamedTuple):
     """The state after `step` steps.
 
     key: data of the random key that the keys of all steps are derived from, see `key_of_step`.
-    since_fired [N * M]: tokens since each latent last fired, saturating at the int32 maximum.
+    since_fired [L]: tokens since each latent last fired, saturating at the int32 maximum.
     fvu: running mean of the batches' FVU, by which checkpoints are ranked.
     bad_step: first step whose loss or gradient was not finite; -1 while there was none.
     """
