@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from logging import getLogger
 from pathlib import Path
+from types import ModuleType
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -133,6 +134,15 @@ def _join_and_run(main: Callable[[], None]) -> None:
             raise
         watch.lost(f" or a device failed ({str(error).strip().splitlines()[0][:200]})")
     watch.leave()
+
+
+def import_matplotlib() -> ModuleType:
+    """The module. Raises UserError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install '.[plot]'") from None
+    return matplotlib
 
 
 def fail(message: str) -> None:

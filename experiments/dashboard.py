@@ -100,7 +100,7 @@ def main() -> None:
         trained, eval=dataclasses.replace(trained.eval, tokens=FLAGS.tokens)
     )
     check_sources(dataclasses.replace(config, text=text))
-    sae, params = load(workdir, int(FLAGS.step) if FLAGS.step.isdecimal() else FLAGS.step)
+    sae, params = load(workdir, FLAGS.step)
     latents, folder = chosen(FLAGS.latents, sae.latents), site_folder(folder)
     bars, done = Bars(), 0
 

@@ -93,7 +93,7 @@ def main() -> None:
     text = text_asked_for(asked.text, trained.text)
     config = dataclasses.replace(trained, eval=asked.eval)
     check_sources(dataclasses.replace(config, text=text))
-    step, newest = find_step(workdir, int(FLAGS.step) if FLAGS.step.isdecimal() else FLAGS.step)
+    step, newest = find_step(workdir, FLAGS.step)
     sae, params = load(workdir, step)
     bars = Bars()
     try:

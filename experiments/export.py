@@ -63,8 +63,7 @@ def _is_run(workdir: str) -> bool:
 def main() -> None:
     config = read_config(Path(FLAGS.workdir)) if _is_run(FLAGS.workdir) else None
     _check_flags(config)
-    step = int(FLAGS.step) if FLAGS.step.isdecimal() else FLAGS.step
-    sae, params = load(FLAGS.workdir, step)
+    sae, params = load(FLAGS.workdir, FLAGS.step)
     metadata = origin.metadata(config) if config else {}
     if FLAGS.model_name is not None:
         metadata["model_name"] = FLAGS.model_name

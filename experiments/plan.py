@@ -22,7 +22,7 @@ from scale_sae_jax.config import Config, from_config_dict
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.files import local
 from scale_sae_jax.lm import inspect_language_model
-from scale_sae_jax.parallel.mesh import parse_mesh
+from scale_sae_jax.parallel.mesh import check_batch, parse_mesh
 from scale_sae_jax.parallel.plan import Plan, plan
 from scale_sae_jax.sae.registry import build
 from scale_sae_jax.sae.shards import DATA, EXPERT
@@ -93,11 +93,7 @@ def main() -> None:
     experts = build(config.sae, width).experts
     mesh = mesh_of(config, experts)
     devices = math.prod(mesh.values())
-    if config.batch_size % devices:  # as mesh_of_run, for devices that are not there
-        raise UserError(
-            f"config.batch_size = {config.batch_size} cannot be split over {devices} devices: "
-            f"take {-(-config.batch_size // devices) * devices}"
-        )
+    check_batch(config.batch_size, devices)
     if not math.isfinite(FLAGS.memory_gb):
         raise UserError(f"--memory_gb={FLAGS.memory_gb} must be a number of GB, such as 80")
     found = needs(config, width, mesh)

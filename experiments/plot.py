@@ -34,10 +34,7 @@ def main() -> None:
     if missing:
         raise UserError(f"{workdir}/eval.json has no {', '.join(missing)}: write it anew with "
                         f"experiments.evaluate --workdir={workdir}")
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install '.[plot]'") from None
+    matplotlib = command_line.import_matplotlib()
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 

@@ -18,7 +18,7 @@ from absl import flags
 from experiments import command_line
 from experiments.table import define_where, groups_table, read_axes, read_rows
 from scale_sae_jax import load
-from scale_sae_jax.errors import UserError, telling
+from scale_sae_jax.errors import telling
 from scale_sae_jax.report.arms import Arm, apart, arms_of, number_axes
 from scale_sae_jax.report.page import Picture, Table, html, markdown
 from scale_sae_jax.sweep import MAIN_RESULTS
@@ -111,10 +111,7 @@ def main() -> None:
     axes = [name for name in read_axes(workdir)
             if name not in fixed and any(row.get(name) is not None for row in rows)]
     output = Path(FLAGS.output or workdir / "-".join(["report", *FLAGS.where]))
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install '.[plot]'") from None
+    matplotlib = command_line.import_matplotlib()
     matplotlib.rcParams["svg.hashsalt"] = "report"  # the same figure, the same file
     with telling(f"cannot write {output}", "choose another --output"):
         output.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,11 @@
 """Where what the user names lies: a local path, an installed distribution, or the hub."""
 
 import importlib.metadata
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from scale_sae_jax.errors import UserError, telling
 
@@ -28,7 +31,7 @@ def locate(name: str, setting: str, hub_files: tuple[str, ...]) -> Path:
         return path
     if not _HUB_NAME.fullmatch(name) or name.startswith(".") or path.suffix in (".gguf", ".json"):
         raise UserError(f"{setting}: there is no file or folder {name}{looked_from(path)}")
-    return _download(name, setting, hub_files)
+    return download(name, hub_files, f"give a local folder with --{setting}=FOLDER")
 
 
 def local(name: str | Path) -> Path:
@@ -67,13 +70,27 @@ def package_file(distribution: str, ending: str) -> Path:
     return found[0]
 
 
-def _download(name: str, setting: str, patterns: tuple[str, ...]) -> Path:
+def download(name: str, patterns: Sequence[str], remedy: str) -> Path:
+    """The files of a hub repository that fit the patterns. Raises UserError, with the remedy."""
     import huggingface_hub  # here: it takes long, and local models do without
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # its own, of its HTTP library, of the socket: all mean the same
         raise UserError(
-            f"{name} is no local folder and cannot be had from the hub ({type(error).__name__}): "
-            f"give a local folder with --{setting}=FOLDER"
+            f"{name} is no local folder{looked_from(Path(name))} and cannot be had from the hub "
+            f"({type(error).__name__}): {remedy}"
         ) from None
+
+
+def read_object(path: Path, kind: str, remedy: str) -> dict[str, Any]:
+    """A JSON object. Raises UserError: `path` is missing, so its folder is not `kind`; no JSON."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}, so it is not {kind}")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not valid JSON: {remedy}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold a JSON object: {remedy}")
+    return values

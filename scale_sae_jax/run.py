@@ -262,7 +262,9 @@ def _checkpoints(workdir: Path, config: Config) -> Checkpoints:
 
 def _step_of(checkpoints: Checkpoints, workdir: Path, step: int | str) -> int:
     named = {"latest": checkpoints.latest, "best": checkpoints.best}
-    number = named.get(step, step) if isinstance(step, str) else step
+    number = named.get(step, step)
+    if isinstance(number, str) and number.isdecimal():
+        number = int(number)
     if number is None:
         raise UserError(f"{workdir} has no complete checkpoint: train it to its first one")
     if number not in checkpoints.steps:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from scale_sae_jax.config import Config, flatten, from_config_dict
 from scale_sae_jax.errors import UserError, telling
+from scale_sae_jax.files import read_object
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.training.interrupts import Interrupted
 
@@ -142,15 +143,7 @@ def read_config(workdir: Path) -> Config:
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:
     """A JSON object. Raises UserError saying that the folder of `path` is not `kind`."""
-    if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}, so it is not the folder of {kind}")
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise UserError(f"{path} is not valid JSON: restore it or start a new run") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold a JSON object: restore it or start a new run")
-    return values
+    return read_object(path, f"the folder of {kind}", "restore it or start a new run")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

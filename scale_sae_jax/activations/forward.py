@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float
 
 from scale_sae_jax.activations.masks import Fate, fates, token_flags
 from scale_sae_jax.activations.store import STORED
@@ -79,6 +80,15 @@ def params_on(mesh: Mesh, lm: ReadableModel, config: LMConfig) -> Any:
     return jax.device_put(lm.params, placed(mesh, specs))
 
 
+def refuse_not_finite(norms: Float[np.ndarray, " T"]) -> None:
+    """Raises UserError for norms of kept activations that are not all finite."""
+    if not np.isfinite(norms).all():
+        raise UserError(
+            "the language model gives NaN or infinity at config.lm.layer: check its weights, or "
+            "take --config.lm.dtype=float32"
+        )
+
+
 def _slab(
     batch: TokenRows,
     hidden: np.ndarray,
@@ -89,10 +99,6 @@ def _slab(
     rows = int((batch.segments[:, 0] > 0).sum())
     flags = token_flags(batch.tokens[:rows], batch.segments[:rows], special_ids)
     fate, norms = fates(flags, config).reshape(-1), norms[:rows].reshape(-1)
-    if not np.isfinite(norms[fate == Fate.KEPT]).all():
-        raise UserError(
-            "the language model gives NaN or infinity at config.lm.layer: check its weights, or "
-            "take --config.lm.dtype=float32"
-        )
+    refuse_not_finite(norms[fate == Fate.KEPT])
     x = hidden[:rows].reshape(-1, hidden.shape[-1]).view(STORED[config.dtype])
     return Slab(x, norms, fate, batch.documents[:rows].reshape(-1), batch.short)

@@ -26,7 +26,7 @@ import numpy as np
 from scale_sae_jax.activations import store
 from scale_sae_jax.activations.batches import permuted
 from scale_sae_jax.activations.forward import ReadableModel, Slab, run_model
-from scale_sae_jax.activations.masks import Fate, outliers
+from scale_sae_jax.activations.masks import Fate, nothing_kept, outliers
 from scale_sae_jax.activations.store import Counts, Manifest
 from scale_sae_jax.config import ActivationsConfig, LMConfig, TextConfig, flatten
 from scale_sae_jax.errors import UserError, telling
@@ -153,7 +153,7 @@ def _fill(
                 moments = _add(moments, x)
                 shards = (*shards, store.write_shard(folder, len(shards), x))
             if not shards:
-                raise _nothing_kept()
+                raise nothing_kept()
             documents = np.union1d(documents, np.frombuffer(hashes.tobytes(), np.uint64)[indices])
             store.write_array(folder / store.DOCUMENTS, documents)
             counts = dataclasses.replace(
@@ -306,7 +306,7 @@ def _median_norm(slabs: Iterator[Slab]) -> tuple[float, Iterator[Slab]]:
         norms.append(slab.norms[slab.fates == Fate.KEPT])
         n += len(norms[-1])
     if not n:
-        raise _nothing_kept()
+        raise nothing_kept()
     return float(np.median(np.concatenate(norms))), chain(first, slabs)
 
 
@@ -368,11 +368,4 @@ def _count(counts: Counts, slab: Slab, begin: int, end: int) -> Counts:
         outliers=counts.outliers + by_fate[Fate.OUTLIER],
         kept=counts.kept + by_fate[Fate.KEPT],
         short_pieces=counts.short_pieces + (slab.short if begin == 0 else 0),
-    )
-
-
-def _nothing_kept() -> UserError:
-    return UserError(
-        "no activation is left after the masks: give more text with --config.text.path, or raise "
-        "--config.text.context or --config.activations.max_norm_ratio"
     )

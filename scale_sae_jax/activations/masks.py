@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int8
 
 from scale_sae_jax.config import ActivationsConfig
+from scale_sae_jax.errors import UserError
 
 
 class Fate(IntEnum):
@@ -69,6 +70,14 @@ def evaluated(config: ActivationsConfig) -> ActivationsConfig:
 def keep(flags: TokenFlags, config: ActivationsConfig) -> Bool[np.ndarray, "B S"]:
     """Positions that no mask option leaves out."""
     return fates(flags, config) == Fate.KEPT
+
+
+def nothing_kept() -> UserError:
+    """What to raise where no activation is left to train on."""
+    return UserError(
+        "no activation is left after the masks: give more text with --config.text.path, or raise "
+        "--config.text.context or --config.activations.max_norm_ratio"
+    )
 
 
 def largest_norm(median_norm: float, max_norm_ratio: float) -> float:

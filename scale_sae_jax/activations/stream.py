@@ -22,8 +22,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int64, UInt64
 
-from scale_sae_jax.activations.forward import ReadableModel, params_on
-from scale_sae_jax.activations.masks import keep, token_flags
+from scale_sae_jax.activations.forward import ReadableModel, params_on, refuse_not_finite
+from scale_sae_jax.activations.masks import keep, largest_norm, nothing_kept, token_flags
 from scale_sae_jax.config import Config
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.parallel import processes
@@ -148,16 +148,10 @@ class ActivationStream:
         kept = np.concatenate([processes.everywhere(r[1]) for r in results])
         norms = np.concatenate([processes.everywhere(r[2]) for r in results])
         if not kept.any():
-            raise UserError(
-                "no activation is left after the masks: give more text with --config.text.path, "
-                "or raise --config.text.context"
-            )
-        if not np.isfinite(norms[kept]).all():
-            raise UserError("the language model gives NaN or infinity at config.lm.layer: check "
-                            "its weights, or take --config.lm.dtype=float32")
+            raise nothing_kept()
+        refuse_not_finite(norms[kept])
         median = float(np.median(norms[kept]))
-        ratio = self._config.activations.max_norm_ratio
-        self._limit = ratio * median if ratio else np.inf
+        self._limit = largest_norm(median, self._config.activations.max_norm_ratio)
 
         def add(hidden: Array, kept: Array, norms: Array) -> Array:
             inside = kept & (norms <= self._limit)
@@ -166,8 +160,7 @@ class ActivationStream:
         sums = [processes.everywhere(jax.jit(add)(*result)) for result in results]
         by_row = (kept & (norms <= self._limit)).sum(1)
         if not by_row.any():
-            raise UserError(f"config.activations.max_norm_ratio = {ratio} leaves no activation: "
-                            "raise it, or take 0 to keep all")
+            raise nothing_kept()
         mean = (np.sum(sums, axis=0, dtype=np.float64) / by_row.sum()).astype(np.float32)
         return median, mean, self._calls_for(by_row.mean(), by_row.std())
 

@@ -28,7 +28,7 @@ def load(folder: Path) -> tuple[Autoencoder, Params]:
     weights that are not finite, and numbers that contradict each other.
     """
     source, where = str(folder / CFG), str(folder / WEIGHTS)
-    trainer = files.field(files.read_object(folder / CFG, KIND), "trainer", dict, source)
+    trainer = files.field(files.read_cfg(folder / CFG, KIND), "trainer", dict, source)
     name, k = files.field(trainer, "dict_class", str, source), files.size(trainer, "k", source)
     if name not in KINDS:
         raise UserError(f"{source}: dict_class '{name:.40}' is not read: only {', '.join(KINDS)}")

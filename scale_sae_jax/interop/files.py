@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from scale_sae_jax.errors import UserError, telling
+from scale_sae_jax.files import read_object
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SPARE_BYTES = 2**20
@@ -155,17 +156,9 @@ def write_bytes(path: Path, content: bytes) -> None:
             raise
 
 
-def read_object(path: Path, kind: str) -> dict[str, Any]:
-    """A JSON object. Raises UserError saying that `path` is missing from `kind`, or no JSON."""
-    if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}, so it is not {kind}")
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is not valid JSON: copy or download it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold a JSON object: copy or download it again")
-    return values
+def read_cfg(path: Path, kind: str) -> dict[str, Any]:
+    """A JSON object of `kind`, another library's. Raises UserError as `read_object`."""
+    return read_object(path, kind, "copy or download it again")
 
 
 def field(values: Mapping[str, Any], name: str, kind: type, source: str) -> Any:

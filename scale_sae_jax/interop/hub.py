@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.files import looked_from
+from scale_sae_jax.files import download
 from scale_sae_jax.interop import files, sae_lens, sparsify
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.sae.registry import has_experts
@@ -120,12 +120,4 @@ def _named(found: list[str]) -> str:
 
 
 def _download(repo: str, patterns: list[str]) -> Path:
-    import huggingface_hub  # here: it takes long to import
-
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
-    except Exception as error:  # its own, of its HTTP library, of the socket: all mean the same
-        raise UserError(
-            f"{repo} is no local folder{looked_from(Path(repo))} and cannot be had from the hub "
-            f"({type(error).__name__}): check the name and the network"
-        ) from None
+    return download(repo, patterns, "check the name and the network")

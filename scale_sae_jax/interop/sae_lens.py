@@ -118,7 +118,7 @@ def load(folder: Path) -> tuple[Autoencoder, Params]:
     are not finite, and for settings that ours cannot express, with the reason.
     """
     source = str(folder / CFG)
-    cfg = files.read_object(folder / CFG, KIND)
+    cfg = files.read_cfg(folder / CFG, KIND)
     architecture = files.field(cfg, "architecture", str, source)
     if architecture != "scale_moe" and architecture not in PLAIN:
         known = ", ".join((*PLAIN, "scale_moe"))

@@ -109,7 +109,7 @@ def load(folder: Path) -> tuple[Autoencoder, Params]:
     and for group-max, skip connections and transcoders, which ours cannot express.
     """
     source, where = str(folder / CFG), str(folder / WEIGHTS)
-    cfg = files.read_object(folder / CFG, KIND)
+    cfg = files.read_cfg(folder / CFG, KIND)
     _check(cfg, source)
     d, k = files.size(cfg, "d_in", source), files.size(cfg, "k", source)
     tensors = files.read_tensors(folder / WEIGHTS)

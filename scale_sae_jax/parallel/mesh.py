@@ -56,12 +56,17 @@ def local_mesh(most: int | None = None) -> Mesh:
 def mesh_of_run(config: Config, experts: int) -> Mesh:
     """The mesh of a run. Raises UserError as `make_mesh`, or if batches cannot be split over it."""
     mesh = make_mesh(config.mesh, experts)
-    if config.batch_size % mesh.size:
-        raise UserError(
-            f"config.batch_size = {config.batch_size} cannot be split over {mesh.size} devices: "
-            f"take {-(-config.batch_size // mesh.size) * mesh.size}, or a smaller config.mesh"
-        )
+    check_batch(config.batch_size, mesh.size)
     return mesh
+
+
+def check_batch(batch_size: int, devices: int) -> None:
+    """Raises UserError if batches cannot be split evenly."""
+    if batch_size % devices:
+        raise UserError(
+            f"config.batch_size = {batch_size} cannot be split over {devices} devices: "
+            f"take {-(-batch_size // devices) * devices}, or a smaller config.mesh"
+        )
 
 
 def parse_mesh(spec: str, experts: int, devices: int) -> dict[str, int]:
