@@ -136,6 +136,10 @@ def _join_and_run(main: Callable[[], None]) -> None:
     watch.leave()
 
 
+def define_where() -> None:
+    flags.DEFINE_list("where", [], "Keep the rows with these values, AXIS=VALUE,AXIS=VALUE.")
+
+
 def import_matplotlib() -> ModuleType:
     """The module. Raises UserError if it is not installed."""
     try:

@@ -17,8 +17,9 @@ from threading import Event
 import numpy as np
 from absl import flags
 
-from experiments import command_line, evaluate
+from experiments import command_line
 from experiments.console import Bars
+from experiments.trained import define_run, refuse_unused, text_asked_for
 from scale_sae_jax import attach, load
 from scale_sae_jax.activations.masks import evaluated, largest_evaluated
 from scale_sae_jax.config import Config, from_config_dict
@@ -35,7 +36,7 @@ FLAGS = flags.FLAGS
 
 
 def define(argv: list[str]) -> None:
-    evaluate.define(argv)
+    define_run(argv)
     flags.DEFINE_string("to", None, "New folder, or a dashboard's; WORKDIR/dashboard if not given.")
     flags.DEFINE_multi_string("text", [], "A sentence to show what fires on it; may be repeated.")
     flags.DEFINE_string("latents", "", "Which latents get a page, such as 0-511,700; all if empty.")
@@ -93,9 +94,9 @@ def main() -> None:
     trained, asked = read_config(workdir), from_config_dict(FLAGS.config)
     if not trained.lm.path:
         raise UserError(f"{workdir} was trained without a language model: there is no text to show")
-    evaluate.refuse_unused(trained, asked, ("text",))
+    refuse_unused(trained, asked, ("text",))
     names, folder = names_of_neuronpedia(), Path(FLAGS.to or workdir / "dashboard")
-    text = evaluate.text_asked_for(asked.text, trained.text)
+    text = text_asked_for(asked.text, trained.text)
     config = dataclasses.replace(
         trained, eval=dataclasses.replace(trained.eval, tokens=FLAGS.tokens)
     )

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from experiments import command_line
 from experiments.console import Bars
-from experiments.evaluate import refuse_unused, text_asked_for
+from experiments.trained import refuse_unused, text_asked_for
 from scale_sae_jax import load
 from scale_sae_jax.activations.masks import largest_evaluated
 from scale_sae_jax.config import Config, from_config_dict, to_config_dict

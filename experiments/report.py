@@ -16,12 +16,12 @@ import numpy as np
 from absl import flags
 
 from experiments import command_line
-from experiments.table import define_where, groups_table, read_axes, read_rows
 from scale_sae_jax import load
 from scale_sae_jax.errors import telling
 from scale_sae_jax.report.arms import Arm, apart, arms_of, number_axes
+from scale_sae_jax.report.groups import groups_table
 from scale_sae_jax.report.page import Picture, Table, html, markdown
-from scale_sae_jax.sweep import MAIN_RESULTS
+from scale_sae_jax.results import MAIN_RESULTS, read_axes, read_rows
 from scale_sae_jax.workdir import read_json
 
 FLAGS = flags.FLAGS
@@ -32,7 +32,7 @@ def define(argv: list[str]) -> None:
     del argv
     flags.DEFINE_string("workdir", None, "Folder of a sweep.")
     flags.DEFINE_string("output", None, "Folder of the report; in WORKDIR if not given.")
-    define_where()
+    command_line.define_where()
     flags.mark_flag_as_required("workdir")
 
 

@@ -10,29 +10,26 @@ the same activations share one store, and inside a process one model and one hel
 import dataclasses
 import importlib.util
 import itertools
-import json
 import os
 import re
 import shlex
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 from ml_collections import ConfigDict
 
 from scale_sae_jax import workdir as folders
 from scale_sae_jax.config import Config, TextConfig, digest, flatten, from_config_dict
 from scale_sae_jax.console import Console
-from scale_sae_jax.errors import UserError, telling
+from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation.flops import forward_flops
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.parallel.mesh import mesh_of_run
+from scale_sae_jax.results import MAIN_RESULTS, write_rows
 from scale_sae_jax.run import check_run, load, measure_run, run, sized, write_evaluation
 from scale_sae_jax.sae.presets import preset
 from scale_sae_jax.sae.registry import build, experts_of
@@ -46,12 +43,6 @@ from scale_sae_jax.sources import (
 )
 from scale_sae_jax.training.interrupts import Interrupted
 
-# The results that a table shows unless told otherwise; an axis must not hide one of them.
-MAIN_RESULTS = (
-    "l0", "fvu", "delta_ce", "dead", "redundancy_0.7", "redundancy_0.7_intra",
-    "redundancy_0.7_inter", "redundancy_0.7_null", "flops_per_token", "active_width",
-    "total_width", "tokens_per_second", "seconds_per_step", "mcc", "uniqueness", "f1",
-)
 # Of an evaluation on another text, what a row keeps under its name.
 OTHER_TEXT = (
     "fvu", "fvu_ci95", "mse", "delta_ce", "delta_ce_ci95", "recovered", "l0", "eval_tokens",
@@ -348,11 +339,10 @@ def tell_failure(here: Cell, workdir: Path) -> None:
 
 
 def write_results(cells: list[Cell], workdir: Path, command: list[str]) -> None:
-    """Writes results.csv and .parquet, each whole: a row for each finished cell of `cells`.
+    """Writes results.csv and .parquet: a row for each finished cell of `cells`.
 
-    Columns: axes (named in the metadata of the .parquet too); scalar results; the two bounds of an
-    interval as _lo and _hi; the cell's folder in `workdir`; and `command` with the flag that runs
-    this cell alone.
+    Columns: axes; scalar results; the two bounds of an interval as _lo and _hi; the cell's folder
+    in `workdir`; and `command` with the flag that runs this cell alone.
     """
     rows = []
     for here in cells:
@@ -361,12 +351,8 @@ def write_results(cells: list[Cell], workdir: Path, command: list[str]) -> None:
             alone = shlex.join([*command, f"--filter={here.name}"])
             where = {"folder": here.name, "command": alone}
             rows.append({**here.axes, **_scalars(results, here.axes), **where})
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = pa.table({name: _column([row.get(name) for row in rows]) for name in names})
     axes = list(dict.fromkeys(name for here in cells for name in here.axes))
-    table = table.replace_schema_metadata({"axes": json.dumps(axes)})
-    _replace(workdir / "results.csv", lambda path: pyarrow.csv.write_csv(table, path))
-    _replace(workdir / folders.RESULTS, lambda path: pyarrow.parquet.write_table(table, path))
+    write_rows(rows, axes, workdir)
 
 
 def _scalars(results: dict[str, Any], axes: Axes) -> dict[str, Any]:
@@ -377,18 +363,3 @@ def _scalars(results: dict[str, Any], axes: Axes) -> dict[str, Any]:
         elif not isinstance(value, list | dict) and name not in axes:
             flat[name] = value
     return flat
-
-
-def _column(values: list[Any]) -> pa.Array:
-    """An array of one type: text if the types do not mix."""
-    kinds = {type(value) for value in values if value is not None}
-    if len(kinds) > 1 and kinds != {int, float}:
-        values = [None if value is None else str(value) for value in values]
-    return pa.array(values)
-
-
-def _replace(path: Path, write: Callable[[str], object]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may run cells too
-    with telling(f"{path} cannot be written", "make room, then start again"):
-        write(str(partial))
-        os.replace(partial, path)

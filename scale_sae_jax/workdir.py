@@ -19,6 +19,7 @@ from scale_sae_jax.config import Config, flatten, from_config_dict
 from scale_sae_jax.errors import UserError, telling
 from scale_sae_jax.files import read_object
 from scale_sae_jax.parallel import processes
+from scale_sae_jax.results import RESULTS
 from scale_sae_jax.training.interrupts import Interrupted
 
 # Settings that do not decide what the next step computes from the same state.
@@ -28,7 +29,6 @@ FREE = (
 FREE_SECTIONS = ("eval",)
 # Settings that do, but that a user may well change on purpose when a run goes on.
 ADJUSTABLE = ("optim.lr", "optim.warmup", "optim.decay")
-RESULTS = "results.parquet"  # of a sweep, in its own folder
 # What a run writes once its sources are found good; before that, any setting may be corrected.
 BEGUN = ("activations", "metrics.jsonl", "checkpoints")
 

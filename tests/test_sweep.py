@@ -35,6 +35,7 @@ from scale_sae_jax.activations.array import ActivationArray
 from scale_sae_jax.company import check_together, company
 from scale_sae_jax.config import Config, LMConfig, TextConfig, to_config_dict
 from scale_sae_jax.errors import UnwrittenError, UserError
+from scale_sae_jax.results import read_rows
 from scale_sae_jax.sae import build
 from scale_sae_jax.sources import Heldout, Sources, open_sources, read_heldout
 from scale_sae_jax.sweep import axis, cell, product
@@ -323,17 +324,17 @@ def test_a_stop_ends_the_sweep_and_is_no_failure(tmp_path, fake):
 def test_columns_of_the_results(tmp_path, fake):
     grid = fake_cells((0, 1), "a")
     sweep.write_results(grid, tmp_path, COMMAND)
-    assert "no finished cell" in refusal(lambda: table.read_rows(tmp_path))
+    assert "no finished cell" in refusal(lambda: read_rows(tmp_path))
     command.run_cells(grid[1:], grid, tmp_path, Event(), [*COMMAND, "--grid=a b.py"])
     alone = "python -m experiments.sweep '--grid=a b.py' --filter=a-seed=1"
     row = {"array": "a", "seed": 1, "fvu": 0.1, "fvu_ci95_lo": 0.0, "fvu_ci95_hi": 1.0, "kl": None}
     row |= {"folder": "a-seed=1", "command": alone}
-    assert table.read_rows(tmp_path) == [row]
-    assert table.read_rows(tmp_path, ["array=a", "seed=1"]) == [row]
+    assert read_rows(tmp_path) == [row]
+    assert read_rows(tmp_path, ["array=a", "seed=1"]) == [row]
     wrong = {"seed=2": "there are 1", "lr=2": "no column 'lr'; the results have array, seed",
              "seed": "write COLUMN=VALUE"}
     for where, part in wrong.items():
-        assert part in refusal(lambda: table.read_rows(tmp_path, [where]))
+        assert part in refusal(lambda: read_rows(tmp_path, [where]))
     text = pyarrow.csv.read_csv(tmp_path / "results.csv")
     assert text.column_names == list(row) and text.to_pylist() == [row]
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -344,7 +345,7 @@ def test_columns_of_the_results(tmp_path, fake):
 def test_an_axis_may_mix_words_and_numbers(tmp_path, fake):
     grid = [cell({"l": value}, settings()) for value in (1, "all", 2.5)]
     command.run_cells(grid, grid, tmp_path, Event(), COMMAND)
-    assert [row["l"] for row in table.read_rows(tmp_path)] == ["1", "all", "2.5"]
+    assert [row["l"] for row in read_rows(tmp_path)] == ["1", "all", "2.5"]
 
 
 # Whole runs
@@ -373,7 +374,7 @@ def test_cells_on_text_share_one_harvest_and_one_reading(data, tmp_path, monkeyp
     assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
     assert calls == ["open_sources", "read_heldout", "read_heldout"]
     assert len(list(tmp_path.glob("activations-*"))) == 1
-    rows = table.read_rows(tmp_path)
+    rows = read_rows(tmp_path)
     assert all(row["delta_ce"] is not None and row["ce_clean"] for row in rows)
     assert rows[0]["ce_clean"] == rows[1]["ce_clean"] and rows[0]["fvu"] != rows[1]["fvu"]
     for row in rows:
@@ -410,7 +411,7 @@ def test_a_killed_sweep_ends_with_the_same_results(data, tmp_path):  # noqa: F81
     starts = [[line.split()[0] for line in text.splitlines()] for text in (out, expected)]
     assert starts[0] == starts[1] == ["cell", "absent-seed=3", "acts-seed=3", "1"]
     assert "absent.npy" in (broken / "absent-seed=3" / "error.txt").read_text()
-    (ours,), (theirs,) = (table.read_rows(folder) for folder in (broken, whole))
+    (ours,), (theirs,) = (read_rows(folder) for folder in (broken, whole))
     assert list(ours) == list(theirs)
     assert all(ours[key] == theirs[key] for key in ours.keys() - TIMES)
 
@@ -433,7 +434,7 @@ def test_the_papers_study_runs_at_a_reduced_size(tmp_path):
     )
     out, err = begin("sweep", *flags).communicate(timeout=280)
     assert "2 of 2 cells finished" in out, err
-    rows = table.read_rows(tmp_path / "study", ["part=error"])
+    rows = read_rows(tmp_path / "study", ["part=error"])
     assert [row["folder"] for row in rows] == ["error-k=32-topk-width-seed=0"]
     assert rows[0]["biomedical_delta_ce"] is not None and rows[0]["total_width"] == 1024
 
@@ -450,7 +451,7 @@ def test_seeds_share_a_width_that_is_matched_by_time(data, tmp_path, monkeypatch
     grid = array_cells(data, [(4, 0), (4, 1), (8, 0), (4, 2)], **time)
     assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND) == []
     assert asked == [(4, 16, 64), (8, 16, 64)]
-    assert [row["total_width"] for row in table.read_rows(tmp_path)] == [128, 128, 192, 128]
+    assert [row["total_width"] for row in read_rows(tmp_path)] == [128, 128, 192, 128]
 
 
 def test_a_cell_begun_with_other_steps_is_left_as_it_is(data, tmp_path, capsys):  # noqa: F811
@@ -511,7 +512,7 @@ def test_cells_together_have_the_results_that_they_have_alone(data, tmp_path, ca
         assert command.run_cells(grid, grid, folder, Event(), COMMAND, most) == []
         assert not list(folder.glob("together-*"))
     assert "note: k=4-seed=0, k=4-seed=1, k=8-seed=0 train together" in capsys.readouterr().err
-    for alone, ours in zip(*(table.read_rows(tmp_path / f) for f in ("1", "3")), strict=True):
+    for alone, ours in zip(*(read_rows(tmp_path / f) for f in ("1", "3")), strict=True):
         assert (alone.pop("trained_together"), ours.pop("trained_together")) == (1, 3)
         for key in alone.keys() - TIMES:
             if isinstance(alone[key], float):
@@ -545,7 +546,7 @@ def test_a_company_that_was_stopped_goes_on_as_it_was(data, tmp_path, monkeypatc
     monkeypatch.undo()
     assert command.run_cells(grid, grid, broken, Event(), COMMAND, 3) == []
     assert not left.exists() and not (broken / failed[0] / "error.txt").exists()
-    for ours, theirs in zip(*map(table.read_rows, (broken, tmp_path / "whole")), strict=True):
+    for ours, theirs in zip(*map(read_rows, (broken, tmp_path / "whole")), strict=True):
         assert all(ours[key] == theirs[key] for key in ours.keys() - TIMES)
     lines = read_lines(broken / failed[0] / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 10, 20, 30]
@@ -567,7 +568,7 @@ def test_cells_on_a_stream_train_with_those_that_draw_the_same_batches(data, tmp
     other_seed = cell({"k": 4, "batch": 64}, to_config_dict(grid[0].config), {"seed": 1})
     assert company(grid[0], [grid[0], other_seed], tmp_path, 4) == []
     assert command.run_cells(grid, grid, tmp_path, Event(), COMMAND, 4) == []
-    rows = table.read_rows(tmp_path)
+    rows = read_rows(tmp_path)
     assert [row["trained_together"] for row in rows] == [2, 2, 1]
     assert [row["tokens_seen"] for row in rows] == [4 * 64, 4 * 64, 4 * 128]
     for here in grid:

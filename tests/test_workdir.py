@@ -13,6 +13,7 @@ import scale_sae_jax
 from scale_sae_jax import workdir as folders
 from scale_sae_jax.config import Config, LMConfig, SAEConfig, TextConfig
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.results import RESULTS
 from scale_sae_jax.sae import build
 from scale_sae_jax.training import metrics, state
 from scale_sae_jax.training.checkpoints import Checkpoints
@@ -200,7 +201,7 @@ def test_a_config_that_is_no_runs_is_not_overwritten(tmp_path):
 
 
 def test_the_folder_of_a_sweep_is_not_that_of_a_run(tmp_path):
-    (tmp_path / folders.RESULTS).touch()
+    (tmp_path / RESULTS).touch()
     message = refusal(lambda: folders.claim(CONFIG, tmp_path))
     assert f"{tmp_path} is the folder of a sweep" in message
     folders.claim(CONFIG, tmp_path / "cell")

@@ -71,8 +71,12 @@ def markdown(title: str, lead: str, pictures: list[Picture], tables: list[Table]
     for picture in pictures:
         parts += [f"## {picture.title}", f"![{picture.title}]({picture.name}.png)", picture.caption]
     for table in tables:
-        clean = [[value.replace("|", "\\|") for value in row] for row in table.rows]
-        lines = [table.head, ["---"] * len(table.head), *clean]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts += [f"## {table.title}", text]
+        parts += [f"## {table.title}", markdown_table(table.head, table.rows, len(table.head))]
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(head: list[str], rows: list[list[str]], left: int) -> str:
+    """A table as Markdown; columns after the first `left` stand to the right."""
+    rule = ["---" if place < left else "---:" for place in range(len(head))]
+    clean = [[value.replace("|", "\\|") for value in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *clean))
