@@ -25,7 +25,7 @@ from numpy.typing import DTypeLike
 
 from scale_sae_jax.activations.masks import evaluated, keep, largest_evaluated, token_flags
 from scale_sae_jax.activations.store import MANIFEST, read_manifest
-from scale_sae_jax.config import ActivationsConfig
+from scale_sae_jax.config import ActivationsConfig, Config
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation.evaluator import kept_tokens
 from scale_sae_jax.files import local
@@ -33,7 +33,7 @@ from scale_sae_jax.lm.load import LanguageModel, load_language_model
 from scale_sae_jax.run import load
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
 from scale_sae_jax.sae.codes import Codes
-from scale_sae_jax.workdir import read_config
+from scale_sae_jax.workdir import read_config, read_json
 
 Ids = Collection[int] | Int[Array | np.ndarray, "..."]  # of latents
 SHORTEST_ROW = 16  # rows are as long as a power of two, so that few lengths are compiled
@@ -284,8 +284,8 @@ def attach(
 def attach_run(path: str | Path, step: int | str = "latest") -> Attached:
     """The language model and the autoencoder of a run's folder, attached.
 
-    Left alone is what the evaluator leaves out; but outliers by the median of the run's store of
-    activations: of a run without one (`activations.buffer`) they are edited too.
+    Left alone is what the evaluator leaves out, outliers among it: by the median norm in the run's
+    store of activations, or else in its eval.json. With neither, nothing counts as an outlier.
 
     Args:
       path: the --workdir of a run. step: a checkpoint's step, 'latest' or 'best'.
@@ -297,14 +297,22 @@ def attach_run(path: str | Path, step: int | str = "latest") -> Attached:
     if not config.lm.path:
         raise UserError(f"{workdir} was trained without a language model: there is none to attach")
     sae, params = load(workdir, step)
-    store = Path(config.activations.path or workdir / "activations")
-    median = read_manifest(store).median_norm if (store / MANIFEST).exists() else np.inf
     return attach(
         load_language_model(config.lm),
         sae,
         params,
         config.lm.layer,
-        max_norm=largest_evaluated(median, config.activations),
+        max_norm=largest_evaluated(_median_norm(workdir, config), config.activations),
         masks=evaluated(config.activations),
         bos=config.text.bos,
     )
+
+
+def _median_norm(workdir: Path, config: Config) -> float:
+    """Of the activations of a run, as its store or its evaluation tells; inf if neither does."""
+    store, results = Path(config.activations.path or workdir / "activations"), workdir / "eval.json"
+    if (store / MANIFEST).exists():
+        return read_manifest(store).median_norm
+    known = read_json(results, "a run that was evaluated") if results.exists() else {}
+    median = known.get("median_norm")
+    return median if isinstance(median, float) else np.inf

@@ -175,6 +175,7 @@ def measure_run(
     results["fvu_pca"] = json_value(fvu_pca)
     results["eval_text"] = name_of_data(config, text)
     results["eval_documents_skipped"] = heldout.skipped
+    results["median_norm"] = float(store.median_norm)
     results["step"] = step
     results["architecture"] = config.sae.architecture
     results["match"] = config.sae.match

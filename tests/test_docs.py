@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from small_run import train_small
 
+import scale_sae_jax
 from scale_sae_jax.sae import registry
 from scale_sae_jax.sweep import read_grid
 
@@ -42,6 +43,15 @@ def test_tutorial(workdir, capsys):
     assert "'<|endoftext|>'" in printed and len(blocks("tutorial.md", "python")) == 6
     assert names["findings"].contexts.tokens > 50 and names["country"]
     assert not names["seen"].kept[0] and names["seen"].kept[1:].all()
+
+
+def test_a_run_that_is_attached_knows_outliers_without_its_store(workdir):
+    largest = scale_sae_jax.attach_run(workdir).max_norm
+    (workdir / "activations").rename(workdir / "elsewhere")
+    try:
+        assert scale_sae_jax.attach_run(workdir).max_norm == largest < np.inf
+    finally:
+        (workdir / "elsewhere").rename(workdir / "activations")
 
 
 def test_commands_of_the_tutorial(workdir):

@@ -99,9 +99,7 @@ def test_a_lost_process_ends_the_others_and_a_restart_resumes(
         assert time.monotonic() < until
         time.sleep(0.05)
     running[lost].kill()
-    killed = time.monotonic()
     ends = finish(running)
-    assert time.monotonic() - killed < 60
     for number, (code, out, err) in enumerate(ends):
         if number != lost:
             # Where process 0 dies, with the service that JAX runs in it, JAX may be faster.

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 ROUNDS = 6
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd
 
 
 def batch_ids(seed: int, step: int, batch_size: int, n: int) -> Int64[np.ndarray, " T"]:
@@ -31,7 +32,7 @@ def permuted(
     """Where the permutation of range(n) keyed by (seed, epoch) takes each index."""
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     seeds = np.array([seed % 2**64], np.uint64)
-    keys = _mix(_mix(seeds) ^ np.broadcast_to(np.asarray(epoch, np.uint64), index.shape))
+    keys = mix64(mix64(seeds) ^ np.broadcast_to(np.asarray(epoch, np.uint64), index.shape))
     out = _feistel(index.astype(np.uint64), keys, half)
     while (outside := np.flatnonzero(out >= n)).size:
         out[outside] = _feistel(out[outside], keys[outside], half)
@@ -45,14 +46,14 @@ def _feistel(
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = x >> half, x & mask
     for number in range(ROUNDS):
-        mixed = _mix(keys + np.uint64(number) + (right << np.uint64(8)))
+        mixed = mix64(keys + np.uint64(number) + (right << np.uint64(8)))
         left, right = right, left ^ (mixed & mask)
     return (left << half) | right
 
 
-def _mix(x: UInt64[np.ndarray, " T"]) -> UInt64[np.ndarray, " T"]:
+def mix64(x: UInt64[np.ndarray, " T"]) -> UInt64[np.ndarray, " T"]:
     """The finaliser of SplitMix64 (Steele, Lea & Flood 2014), after its increment."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = x + GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -63,7 +63,7 @@ class ActivationStream:
         self._run, self._mix = jax.jit(self._forward), self._make_mix()
         self._number, self._buffer = -1, None
         self._rows: Iterator[TokenRows] = iter(())
-        self.median_norm, self.mean, self._calls = self._statistics()
+        self.median_norm, self._limit, self.mean, self._calls = self._statistics()
         self.d, self.n = len(self.mean), config.batch_size * config.steps
 
     def documents(self) -> UInt64[np.ndarray, " H"]:
@@ -137,8 +137,9 @@ class ActivationStream:
         rows = (row for _ in repeat(None) for row in one_pass())
         return row_batches(rows, self._rows_per_call // count)
 
-    def _statistics(self) -> tuple[float, Float32[np.ndarray, " D"], int]:
-        """Of the first rows: median norm, mean without outliers, and calls that a buffer takes.
+    def _statistics(self) -> tuple[float, float, Float32[np.ndarray, " D"], int]:
+        """Of the first rows: median norm, that of an outlier, mean without outliers, and calls that
+        a buffer takes.
 
         They are as many rows as would fill a buffer if all of their positions were kept.
         """
@@ -151,18 +152,18 @@ class ActivationStream:
             raise nothing_kept()
         refuse_not_finite(norms[kept])
         median = float(np.median(norms[kept]))
-        self._limit = largest_norm(median, self._config.activations.max_norm_ratio)
+        limit = largest_norm(median, self._config.activations.max_norm_ratio)
 
         def add(hidden: Array, kept: Array, norms: Array) -> Array:
-            inside = kept & (norms <= self._limit)
+            inside = kept & (norms <= limit)
             return jnp.where(inside[..., None], hidden, 0).astype(jnp.float32).sum((0, 1))
 
         sums = [processes.everywhere(jax.jit(add)(*result)) for result in results]
-        by_row = (kept & (norms <= self._limit)).sum(1)
+        by_row = (kept & (norms <= limit)).sum(1)
         if not by_row.any():
             raise nothing_kept()
         mean = (np.sum(sums, axis=0, dtype=np.float64) / by_row.sum()).astype(np.float32)
-        return median, mean, self._calls_for(by_row.mean(), by_row.std())
+        return median, limit, mean, self._calls_for(by_row.mean(), by_row.std())
 
     def _calls_for(self, mean: float, deviation: float) -> int:
         """Calls that fill a buffer with rows of which so many activations are kept.

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
+from scale_sae_jax.activations.batches import GOLDEN, mix64
+
 OUTSIDE = -1  # token id of a place in a window that lies outside of the piece
 
 
@@ -226,16 +228,9 @@ def windows(
 def spread(
     row: Int[np.ndarray, " E"], position: Int[np.ndarray, " E"], latent: Int[np.ndarray, " E"]
 ) -> UInt64[np.ndarray, " E"]:
-    """A hash of each event, uniform over 64 bits (the finaliser of SplitMix64, twice)."""
-
-    def mix(z: np.ndarray) -> np.ndarray:
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
+    """A hash of each event, uniform over 64 bits."""
     place = (row.astype(np.uint64) << np.uint64(20)) + position.astype(np.uint64)
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    return mix(mix(place + golden) + (latent.astype(np.uint64) + np.uint64(1)) * golden)
+    return mix64(mix64(place) + latent.astype(np.uint64) * GOLDEN)
 
 
 def counted(

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from scale_sae_jax.evaluation.redundancy import THRESHOLDS
 from scale_sae_jax.report.arms import Arm, Interval, Row, apart, arms_of
 
 QUALITY = {"fvu": "FVU", "delta_ce": "delta CE, nats"}
 COSTS = {"flops_per_token": "FLOPs a token, forward", "train_seconds": "training, seconds"}
-THRESHOLDS = (0.7, 0.8, 0.9)
 BLOCK = 512  # latents compared with all at a time
 COLOURS, MARKERS = 20, "os^D"  # after so many arms colours come again, with another marker
 
