@@ -262,6 +262,78 @@ def json_value(value: Any) -> float | int | list | str | None:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
+class Tally(NamedTuple):
+    """What was found in all batches.
+
+    documents [C]: those that had real tokens. sums: of the terms of their tokens, arrays [C].
+    counts: see `count_tokens`. firing [L]: kept tokens that each latent fires for. Of each of the n
+    kept tokens: l0 [n], experts [n, e], tokens [n] (ids, None where a batch had none).
+    """
+
+    documents: np.ndarray
+    sums: tuple[TokenTerms, splice.SpliceTerms, splice.AblationTerms]
+    counts: Counter
+    firing: np.ndarray
+    l0: np.ndarray
+    experts: np.ndarray
+    tokens: np.ndarray | None
+
+
+def tally(
+    sae: SparseAutoencoder,
+    params: PyTree,
+    batches: Iterable[EvalBatch],
+    mean: Float[np.ndarray, " D"],
+    max_norm: float,
+    lm: SplicedModel | None,
+    layer: int | None,
+    progress: Callable[[int], object] | None,
+) -> Tally:
+    """Runs the autoencoder over all batches, and the language model; arguments as of `evaluate`.
+
+    Raises UserError if no token is left to evaluate.
+    """
+    run = jax.jit(partial(measure, sae))
+    parts, counts, firing = [], Counter(), np.zeros(sae.latents, np.int64)
+    l0, selected, token_ids = [], [], []
+    for batch in batches:
+        x, norm = (batch.x, batch.scored, batch.real), np.float32(max_norm)
+        result = processes.everywhere(run(params, *x, mean, norm))
+        if lm is None:
+            spliced, ablated = splice.no_terms(batch.real.shape)
+        else:
+            rows = splice.Rows(batch.x, batch.tokens, batch.segments, result.kept)
+            arrays = rows, result.reconstructed, batch.real
+            spliced = measure_splice(lm.without_params(), layer, lm.params, *arrays)
+            if batch.ablated is None:
+                batch = with_ablations(batch, lm, layer, mean, max_norm)
+            ablated = batch.ablated
+        kept, terms = result.kept, (result.terms, spliced, ablated)
+        terms = jax.tree.map(lambda t: np.asarray(t)[batch.real], terms)
+        parts.append(sum_by_document(batch.documents[batch.real], terms))
+        counts.update(count_tokens(batch, kept))
+        firing += result.firing
+        l0.append(result.terms.l0[kept])
+        selected.append(result.experts[kept])
+        token_ids.append(None if batch.tokens is None else batch.tokens[kept])
+        if progress is not None:
+            progress(int(batch.real.sum()))
+    if not counts["eval_tokens"]:
+        raise UserError(
+            "evaluation: none of the held-out tokens counts: position 0, special tokens and norms "
+            f"over {max_norm:.3g} (max_norm_ratio times the median) do not; give more held-out text"
+        )
+    known = all(ids is not None for ids in token_ids)
+    return Tally(
+        *merge_documents(parts),
+        counts,
+        firing,
+        np.concatenate(l0),
+        np.concatenate(selected),
+        np.concatenate(token_ids) if known else None,
+    )
+
+
 def evaluate(
     sae: SparseAutoencoder,
     params: PyTree,
@@ -299,60 +371,22 @@ def evaluate(
     Raises:
       UserError: if no token is left to evaluate.
     """
+    max_norm = float(largest_norm(median_norm, max_norm_ratio))
     mean = np.asarray(mean, np.float32)
-    max_norm = np.float32(largest_norm(median_norm, max_norm_ratio))
-    run = jax.jit(partial(measure, sae))
-
-    parts, counts, firing = [], Counter(), np.zeros(sae.latents, np.int64)
-    l0, selected, token_ids = [], [], []  # of each kept token
-    for batch in batches:
-        on_devices = run(params, batch.x, batch.scored, batch.real, mean, max_norm)
-        result = processes.everywhere(on_devices)
-        if lm is None:
-            spliced, ablated = splice.no_terms(batch.real.shape)
-        else:
-            rows = splice.Rows(batch.x, batch.tokens, batch.segments, result.kept)
-            arrays = rows, result.reconstructed, batch.real
-            spliced = measure_splice(lm.without_params(), layer, lm.params, *arrays)
-            if batch.ablated is None:
-                batch = with_ablations(batch, lm, layer, mean, float(max_norm))
-            ablated = batch.ablated
-        kept, terms = result.kept, (result.terms, spliced, ablated)
-        terms = jax.tree.map(lambda t: np.asarray(t)[batch.real], terms)
-        parts.append(sum_by_document(batch.documents[batch.real], terms))
-        counts.update(count_tokens(batch, kept))
-        firing += result.firing
-        l0.append(result.terms.l0[kept])
-        selected.append(result.experts[kept])
-        token_ids.append(None if batch.tokens is None else batch.tokens[kept])
-        if progress is not None:
-            progress(int(batch.real.sum()))
-    if not counts["eval_tokens"]:
-        raise UserError(
-            "evaluation: none of the held-out tokens counts: position 0, special tokens and norms "
-            f"over {max_norm_ratio:g} times the median do not; give more held-out text"
-        )
-
-    documents, sums = merge_documents(parts)
-    totals = sum_metrics(jax.tree.map(np.sum, sums))
-    draws = sum_metrics(resample(sums, bootstrap, seed))
-    known = all(ids is not None for ids in token_ids)
+    seen = tally(sae, params, batches, mean, max_norm, lm, layer, progress)
+    totals = sum_metrics(jax.tree.map(np.sum, seen.sums))
+    draws = sum_metrics(resample(seen.sums, bootstrap, seed))
     decoder = processes.everywhere(sae.decoder(params))
     results = {
         **totals,
         **{f"{key}_ci95": interval(draws[key]) for key in WITH_INTERVAL},
-        **sparsity.l0_percentiles(np.concatenate(l0)),
-        **sparsity.density_metrics(firing, counts["eval_tokens"]),
-        **redundancy.redundancy_metrics(decoder, firing > 0, sae.experts),
-        **experts.expert_metrics(
-            np.concatenate(token_ids) if known else None,
-            np.concatenate(selected),
-            sae.experts,
-            seed,
-        ),
+        **sparsity.l0_percentiles(seen.l0),
+        **sparsity.density_metrics(seen.firing, seen.counts["eval_tokens"]),
+        **redundancy.redundancy_metrics(decoder, seen.firing > 0, sae.experts),
+        **experts.expert_metrics(seen.tokens, seen.experts, sae.experts, seed),
         **cost_metrics(sae, params),
         **{key: training.get(key) for key in TRAINING_KEYS},
-        **counts,
-        "eval_documents": len(documents),
+        **seen.counts,
+        "eval_documents": len(seen.documents),
     }
     return {key: json_value(value) for key, value in results.items()}
