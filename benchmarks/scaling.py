@@ -105,7 +105,7 @@ def estimated_cycles(text: str) -> int:
     return cycles(re.search(r"^ENTRY %?([\w.-]+) ", text, re.M)[1])
 
 
-def received(text: str) -> int:
+def received(text: str, devices: int) -> int:
     """Bytes that a device receives in all collectives of a compiled program, run once each."""
     total = 0
     for line in text.splitlines():
@@ -115,11 +115,14 @@ def received(text: str) -> int:
         kinds = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
         size = sum(BYTES[kind] * math.prod(map(int, filter(None, dims.split(","))))
                    for kind, dims in kinds)
-        groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line)
-        if groups is None:  # a permutation
+        if found[2] == "collective-permute":
             total += size
             continue
-        others = (len(groups[1].split(",")) if groups[1] else int(groups[2])) - 1
+        groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line)
+        if groups is None:  # all in one
+            others = devices - 1
+        else:
+            others = (len(groups[1].split(",")) if groups[1] else int(groups[2])) - 1
         # A gather gives all parts, a scatter one of them; a sum over all is one of each.
         share = {"all-gather": others / (others + 1), "reduce-scatter": others,
                  "all-reduce": 2 * others / (others + 1)}
@@ -166,15 +169,12 @@ def measure(spec: str, devices: Sequence[jax.Device]) -> dict[str, float | int |
         ) / 1e9,
         "gflops": cost["flops"] / 1e9,
         "moved_gb": cost["bytes accessed"] / 1e9,
-        "received_gb": received(text) / 1e9,
+        "received_gb": received(text, mesh.size) / 1e9,
     }
+    planned = plan(sae.config, adam, FLAGS.d, batch, 1, dict(mesh.shape))
+    line["planned_received_gb"] = planned.received / 1e9
     if sae.module.by_expert:
-        planned = plan(config, adam, FLAGS.d, batch, 1, dict(mesh.shape))
-        line |= {
-            "planned_gb": planned.bytes / 1e9,
-            "planned_received_gb": planned.received / 1e9,
-            "useful_gflops": planned.flops / 1e9,
-        }
+        line |= {"planned_gb": planned.bytes / 1e9, "useful_gflops": planned.flops / 1e9}
     if FLAGS.topology:
         line["estimated_mcycles"] = estimated_cycles(text) / 1e6
     return line

@@ -147,6 +147,15 @@ def test_plan_and_state_against_the_compiled_step(flags):
         assert abs(line["planned_received_gb"] / line["received_gb"] - 1) < 0.15, line
 
 
+@pytest.mark.parametrize("preset", ("topk", "gated"))
+def test_one_dictionary_receives_what_is_planned(preset):
+    _, out, _ = call("benchmarks.scaling", f"--preset={preset}", "--d=64", "--latents=1024",
+                     "--experts=1", "--active=1", "--k=8", "--batch=256", "--mesh=data:8")
+    (line,) = map(json.loads, out.splitlines())
+    assert line["received_gb"] > 0
+    assert abs(line["planned_received_gb"] / line["received_gb"] - 1) < 0.01, line
+
+
 def connected(ends, count=2):
     """The watches of processes that write (number, status) into `ends` instead of ending."""
     watches = [Watch(i, lambda code, i=i: ends.append((i, code))) for i in range(count)]
