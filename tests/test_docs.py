@@ -13,6 +13,8 @@ import pytest
 from small_run import train_small
 
 import scale_sae_jax
+from scale_sae_jax.parallel.experts import on_mesh
+from scale_sae_jax.parallel.mesh import make_mesh
 from scale_sae_jax.sae import registry
 from scale_sae_jax.sweep import read_grid
 
@@ -75,6 +77,14 @@ def test_extending(monkeypatch):
     assert names["value"] == pytest.approx(expected, rel=1e-4)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(names["gradient"]))
     np.testing.assert_allclose(sae.encode(params, x).values, acts * unit, rtol=1e-4, atol=1e-5)
+    sharded = on_mesh(sae, make_mesh("data:8", 1))
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: sharded.loss(p, x, None).total))(params)
+    assert float(value) == pytest.approx(float(names["value"]), rel=1e-5)
+    for ours, alone in zip(*map(jax.tree.leaves, (gradient, names["gradient"])), strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(
+        sharded.loss(params, x, None).firing, sae.loss(params, x, None).firing
+    )
 
 
 def test_a_config_and_a_grid_of_ones_own(tmp_path, monkeypatch):
