@@ -23,7 +23,8 @@ AnyArray = Array | np.ndarray
 class Autoencoder:
     """A sparse autoencoder of activations with D = `width` coordinates.
 
-    All methods are pure functions of `params` and their arrays, and can be used inside `jax.jit`.
+    All methods are pure functions of `params` and their arrays, and can be used inside `jax.jit`,
+    `jax.grad` and `jax.vmap`. Many have gradients of their own, so `jax.jvp` is refused by JAX.
     Activations are floats [..., D], NumPy or JAX, taken as float32 (`config.dtype` may round the
     operands of products); codes are sparse: `Codes`. No activations, [0, D], have no codes, [0, K].
     """

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from scale_sae_jax.sae import selection
 from scale_sae_jax.sae.dictionary import DictionarySAE
 from scale_sae_jax.sae.losses import Loss, mean_square
-from scale_sae_jax.sae.sparsity import count_dense, one_expert
+from scale_sae_jax.sae.sparsity import count_dense, one_load
 
 
 class BatchTopKSAE(DictionarySAE):
@@ -43,7 +43,7 @@ class BatchTopKSAE(DictionarySAE):
             mse=mse,
             terms={"auxk": auxk},
             firing=shards.total(count_dense(kept)),
-            expert_load=one_expert(),
+            expert_load=one_load(),
             tracked={"threshold": selection.follow_threshold(self.threshold, kept, shards)},
         )
 

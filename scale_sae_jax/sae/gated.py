@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from scale_sae_jax.sae.dictionary import DictionarySAE
 from scale_sae_jax.sae.losses import Loss, mean_square
-from scale_sae_jax.sae.sparsity import count_dense, one_expert, sparsity_weight, steer
+from scale_sae_jax.sae.sparsity import count_dense, one_load, sparsity_weight, steer
 
 
 class GatedSAE(DictionarySAE):
@@ -59,6 +59,6 @@ class GatedSAE(DictionarySAE):
             mse=mse,
             terms={"sparsity": sparsity, "auxiliary": auxiliary, "penalty": self.penalty},
             firing=self.shards.total(fired),
-            expert_load=one_expert(),
+            expert_load=one_load(),
             tracked={"penalty": steer(self.penalty, l0, self.target, c.penalty_rate)},
         )

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from scale_sae_jax.sae.dictionary import DictionarySAE
 from scale_sae_jax.sae.losses import Loss, mean_square
-from scale_sae_jax.sae.sparsity import count_dense, one_expert, sparsity_weight, steer
+from scale_sae_jax.sae.sparsity import count_dense, one_load, sparsity_weight, steer
 
 TANH_SLOPE = 4.0
 # Adam moves each entry alike. An encoder row turns by its own length in some 30 steps of 1e-3; a
@@ -123,6 +123,6 @@ class JumpReLUSAE(DictionarySAE):
             mse=mse,
             terms={"sparsity": sparsity, "penalty": self.penalty},
             firing=self.shards.total(fired),
-            expert_load=one_expert(),
+            expert_load=one_load(),
             tracked={"penalty": after},
         )

@@ -17,7 +17,7 @@ def count_dense(acts: Float[Array, "T L"]) -> Int[Array, " L"]:
     return (acts != 0).sum(0, dtype=jnp.int32)
 
 
-def one_expert() -> Float[Array, " N"]:
+def one_load() -> Float[Array, " N"]:
     """Expert load of an architecture without experts."""
     return jnp.ones(1)
 

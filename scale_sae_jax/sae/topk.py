@@ -13,7 +13,7 @@ from scale_sae_jax.sae.codes import Codes
 from scale_sae_jax.sae.dictionary import DictionarySAE
 from scale_sae_jax.sae.losses import Loss
 from scale_sae_jax.sae.products import products_at, rounded_dot
-from scale_sae_jax.sae.sparsity import count_slots, one_expert
+from scale_sae_jax.sae.sparsity import count_slots, one_load
 
 
 class TopKSAE(DictionarySAE):
@@ -54,6 +54,6 @@ class TopKSAE(DictionarySAE):
             mse=mse,
             terms={"auxk": auxk},
             firing=self.shards.total(count_slots(codes, self.config.latents)),
-            expert_load=one_expert(),
+            expert_load=one_load(),
             tracked={},
         )
