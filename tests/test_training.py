@@ -18,7 +18,7 @@ from scale_sae_jax.config import Config, LMConfig, OptimConfig, SAEConfig, TextC
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae import build
 from scale_sae_jax.sae.selection import THRESHOLD_DECAY
-from scale_sae_jax.training import metrics, precision, state
+from scale_sae_jax.training import loop, metrics, precision, state
 from scale_sae_jax.training.checkpoints import Checkpoints
 from scale_sae_jax.training.loop import _calls, longest_call, train
 from scale_sae_jax.training.optim import optimiser, schedule
@@ -314,6 +314,33 @@ def test_stopped_and_resumed_is_bit_identical(activations, tmp_path, whole):
     again = train(CONFIG, activations, tmp_path, Event())
     assert again.finished
     assert_same_run(again, tmp_path, whole)
+
+
+def test_several_processes_stop_where_a_record_or_checkpoint_is_due(
+    activations, tmp_path, monkeypatch
+):
+    """Asking each other, they wait for their devices; there they do so anyway."""
+    asked, stop = [], Event()
+
+    class Others:
+        several, leads = staticmethod(lambda: True), staticmethod(lambda: True)
+
+        @staticmethod
+        def any_of(flag):
+            asked.append(flag)
+            return flag
+
+    def show(record):
+        if record["step"] == 5:
+            stop.set()
+
+    monkeypatch.setattr(loop, "processes", Others)
+    settings = dataclasses.replace(CONFIG, steps_per_call=1, log_every=5, checkpoint_every=3)
+    summary = train(settings, activations, tmp_path, stop, show)
+    assert asked == [False, False, False, True]  # after steps 1, 3, 5, and 6
+    assert (summary.step, summary.finished) == (6, False)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest == 6
 
 
 def test_all_time_counts_after_a_stop_and_without_the_records(activations, tmp_path):
