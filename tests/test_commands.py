@@ -36,6 +36,13 @@ KEYS = set(
 NEEDS_TEXT = {"ce_clean", "ce_spliced", "ce_mean", "ce_zero", "delta_ce", "kl", "expert_mi"}
 
 
+def test_commands_start_without_what_is_slow_to_import():
+    loaded = "import sys, experiments.train, experiments.sweep; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True)
+    assert "jax" in out.stdout.split(), out.stderr
+    assert not {"torch", "datasets", "transformers", "tensorboardX"} & {*out.stdout.split()}
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A random GPT-2 of two blocks with its tokenizer, two texts, and arrays of activations."""

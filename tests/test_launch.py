@@ -248,7 +248,7 @@ def test_sigterm_to_the_launcher_goes_to_all():
     code = """
 import sys
 from experiments.launch import run_together
-wait = "import time; print('begun', end=';', flush=True); time.sleep(60)"
+wait = "import time; print('begun;', end='', flush=True); time.sleep(60)"
 sys.exit(-run_together([[sys.executable, "-c", wait]] * 2, 0))
 """
     command = [sys.executable, "-c", code]

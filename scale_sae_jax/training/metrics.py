@@ -6,8 +6,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from scale_sae_jax.errors import UserError, telling
 
 
@@ -45,6 +43,8 @@ class MetricsWriter:
     """Writes records, one a logging step, to every sink. A context manager."""
 
     def __init__(self, workdir: Path, resumed_step: int, wandb_config: dict | None):
+        from tensorboardX import SummaryWriter  # here: it imports torch, if there is one
+
         self._workdir = workdir
         self._wandb = _start_wandb(workdir, wandb_config) if wandb_config is not None else None
         with _telling(self._workdir):
