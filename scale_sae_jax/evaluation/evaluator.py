@@ -293,12 +293,12 @@ def tally(
 
     Raises UserError if no token is left to evaluate.
     """
-    run = jax.jit(partial(measure, sae))
+    run, limit = jax.jit(partial(measure, sae)), np.float32(max_norm)
     parts, counts, firing = [], Counter(), np.zeros(sae.latents, np.int64)
     l0, selected, token_ids = [], [], []
     for batch in batches:
-        x, norm = (batch.x, batch.scored, batch.real), np.float32(max_norm)
-        result = processes.everywhere(run(params, *x, mean, norm))
+        on_devices = run(params, batch.x, batch.scored, batch.real, mean, limit)
+        result = processes.everywhere(on_devices)
         if lm is None:
             spliced, ablated = splice.no_terms(batch.real.shape)
         else:

@@ -139,6 +139,11 @@ def follow(
         for own in records:
             stack.enter_context(own.writing(start))
         clock = _Clock(start, seconds, config.batch_size, len(records))
+
+        def save() -> None:
+            _refuse_bad(now, checkpoints)
+            checkpoints.save(now, clock.seconds())
+
         batches, step, saved = _read_ahead(program, config, start), start, start
         for step, n, x in batches:
             now, values = program.steps(now, x, n, mean)
@@ -154,15 +159,13 @@ def follow(
                 for place, own in enumerate(records):
                     own.take(shared | {n: float(v[place]) for n, v in values.items()}, logged)
             if due:
-                _refuse_bad(now, checkpoints)
-                checkpoints.save(now, clock.seconds())
+                save()
                 saved = step
             if stopping:
                 break
         batches.close()
         if step != saved:
-            _refuse_bad(now, checkpoints)
-            checkpoints.save(now, clock.seconds())
+            save()
     return now
 
 
