@@ -66,7 +66,7 @@ def plan(
     params = jax.eval_shape(sae.init, jax.random.key(0))
     split = {name: expert if name in sae.module.by_expert else 1 for name in params}
     sizes = {name: leaf.size // split[name] for name, leaf in params.items()}
-    matrices = sum(sizes[name] for name in ("w_enc", "w_dec"))
+    matrices = sum(sizes[name] for name, leaf in params.items() if leaf.ndim > 1)  # see precision
     small = sum(sizes.values()) - matrices
     shared = sum(sizes[name] for name in params if name not in sae.module.by_expert)
     of_experts = sum(sizes.values()) - shared
