@@ -6,7 +6,8 @@
 
 prints a JSON line for each of `--presets` of this library, then one a rival of equal total width,
 with `ratio` = its seconds over those of the first line. All are float32, take Adam with the
-gradient clipped to norm 1, and see no dead latents:
+gradient clipped to norm 1, and see no dead latents. Where JAX has a GPU, PyTorch computes there
+too, and multiplies in TF32 as JAX does:
 
     sae_lens topk        SAELens' TopKTrainingSAE as it comes (its option use_sparse_activations
                          has no backward pass on CPUs)
@@ -19,6 +20,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable
+from itertools import cycle, islice
 
 import jax
 import numpy as np
@@ -57,11 +59,18 @@ def trained(model, loss_of: Callable, after: Callable = lambda: None) -> Callabl
     return step
 
 
+def device() -> str:
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
 def sae_lens() -> Callable:
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.saes.sae import TrainStepInput
 
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=FLAGS.d, d_sae=FLAGS.latents, k=FLAGS.k))
+    config = TopKTrainingSAEConfig(
+        d_in=FLAGS.d, d_sae=FLAGS.latents, k=FLAGS.k, device=device()
+    )
+    sae = TopKTrainingSAE(config)
 
     def loss(x):
         given = TrainStepInput(
@@ -79,7 +88,8 @@ def sae_lens() -> Callable:
 def sparsify() -> Callable:
     from sparsify import SparseCoder, SparseCoderConfig
 
-    coder = SparseCoder(FLAGS.d, SparseCoderConfig(num_latents=FLAGS.latents, k=FLAGS.k))
+    config = SparseCoderConfig(num_latents=FLAGS.latents, k=FLAGS.k)
+    coder = SparseCoder(FLAGS.d, config, device=device())
 
     def loss(x):
         return coder(x).fvu
@@ -121,7 +131,7 @@ def all_experts() -> Callable:
             share = torch.nn.functional.one_hot(p.argmax(-1), n).float().mean(0)
             return (x - decoded).square().sum(-1).mean() + 3 * d * n * (share * p.mean(0)).sum()
 
-    model = AllExperts()
+    model = AllExperts().to(device())
 
     def unit_rows():
         with torch.no_grad():
@@ -131,15 +141,19 @@ def all_experts() -> Callable:
 
 
 def seconds(step: Callable, batches: np.ndarray) -> float:
-    """Median seconds of a step, after one to warm up."""
+    """Median seconds of a step, after one call to warm up: of 8 steps on a GPU, as one of ours."""
     import torch
 
+    steps = 8 if device() == "cuda" else 1
+    given = cycle([torch.from_numpy(batch).to(device()) for batch in batches])
     times = []
-    for i in range(FLAGS.repeats + 1):
-        x = torch.from_numpy(batches[i % len(batches)])
+    for _ in range(FLAGS.repeats + 1):
         begin = time.perf_counter()
-        step(x)
-        times.append(time.perf_counter() - begin)
+        for x in islice(given, steps):
+            step(x)
+        if device() == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) / steps)
     return float(np.median(times[1:]))
 
 
@@ -147,6 +161,9 @@ def main() -> None:
     for package in ("torch", "sae_lens", "sparsify"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed: pip install '.[peers]'")
+    import torch
+
+    torch.set_float32_matmul_precision("high" if device() == "cuda" else "highest")
     sizes = dict(latents=FLAGS.latents, experts=FLAGS.experts, active=FLAGS.active, k=FLAGS.k)
     shape = (8, FLAGS.batch, FLAGS.d)
     batches = np.random.default_rng(0).standard_normal(shape, np.float32)

@@ -1,5 +1,7 @@
 """Sums over gathered rows, each way of writing them, against NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,18 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scale_sae_jax.sae import gathered, kernels
+from scale_sae_jax.sae import gathered, kernels, triton
 from scale_sae_jax.sae.kernels import KERNELS
 
 SUMS = {
     "by slots": kernels.SUM_BY_SLOTS,
     "of whole": kernels.SUM_OF_WHOLE,
     "in chunks": gathered.in_chunks(kernels.SUM_OF_WHOLE, 300),
+    "triton": triton.weighted_sum,
 }
 DOTS = {
     "by lanes": gathered.row_dots_by_lanes,
     "of whole": gathered.row_dots_of_whole,
     "in chunks": gathered.in_chunks(gathered.row_dots_by_lanes, 300),
+    "triton": triton.row_dots,
+}
+SCATTERS = {
+    "at once": partial(gathered.scatter, 1 << 25),
+    "in chunks": partial(gathered.scatter, 300),
+    "triton": triton.scatter,
 }
 SHAPES = {"tokens": st.integers(0, 9), "slots": st.integers(1, 70), "width": st.integers(1, 90)}
 
@@ -50,6 +59,18 @@ def test_row_dots(way, tokens, slots, width):
     expected = np.einsum("td,tkd->tk", x, rows[ids])
     ours = jax.jit(DOTS[way])(x, ids, rows)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * width)
+
+
+@pytest.mark.parametrize("way", SCATTERS)
+@settings(deadline=None, max_examples=12)
+@given(**SHAPES)
+def test_scatter(way, tokens, slots, width):
+    """One id lies beyond the rows."""
+    _, x, values, ids, _ = setting(tokens, slots, width, rows=12)
+    expected = np.zeros((12, width))
+    np.add.at(expected, ids, values[..., None] * x[:, None])
+    ours = jax.jit(SCATTERS[way], static_argnums=3)(values, ids, x, 11)
+    np.testing.assert_allclose(ours, expected[:11], rtol=1e-5, atol=1e-5 * slots)
 
 
 @pytest.mark.parametrize("way", SUMS)

@@ -28,7 +28,7 @@ from scale_sae_jax.parallel.mesh import (
     placed,
 )
 from scale_sae_jax.run import run
-from scale_sae_jax.sae import build, selection
+from scale_sae_jax.sae import build, kernels, selection
 from scale_sae_jax.sae.shards import Shards
 from scale_sae_jax.training import state
 from scale_sae_jax.training.loop import train
@@ -115,7 +115,7 @@ def test_loss_gradients_and_codes_are_those_of_one_device(option):
         assert_close(sharded.route(placed_params, x), routing)
 
 
-@pytest.mark.parametrize("kernel", ("loop", "tiles", "ragged"))
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
 def test_every_kernel_leaves_other_devices_pairs_out(kernel):
     sae, params, x, dead = start(dataclasses.replace(SAE, kernel=kernel))
     expected = loss_and_gradient(sae, params, x, dead)

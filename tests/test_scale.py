@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scale_sae_jax.config import CHOICES, SAEConfig
-from scale_sae_jax.sae import build, kernels, reference
+from scale_sae_jax.sae import build, gathered, kernels, reference
 from scale_sae_jax.sae.presets import PRESETS, preset
 
 WIDTH = 12
@@ -152,8 +153,9 @@ def test_every_way_of_decoding_matches_reference(gathered, scattered, monkeypatc
 @pytest.mark.parametrize("tokens", (1, 5, 1000))
 def test_rows_scattered_in_chunks_match_reference(tokens, monkeypatch):
     """Chunks of one token, chunks of which the last is not full, and all tokens at once."""
+    in_chunks = partial(gathered.scatter, tokens * SMALL.k * WIDTH)
     kernel = kernels.KERNELS["loop"]._replace(
-        gathered_row=0, scattered_row=0, chunk=tokens * SMALL.k * WIDTH
+        gathered_row=0, scattered_row=0, scatter=in_chunks
     )
     monkeypatch.setitem(kernels.KERNELS, "loop", kernel)
     assert_matches_reference(SMALL)

@@ -3,10 +3,6 @@
 There are two ways to each product. Gathering and scattering decoder rows costs work that grows with
 K; multiplying the dense code of the selected experts costs work that grows with E * m, but it is
 all matrix products. `Kernel` says how many dense rows are worth a gathered and a scattered one.
-
-Gathered rows are not stored (`gathered.py`). What is scattered is, so tokens go through in chunks
-(`Kernel.chunk`): on CPUs small ones, which stay in a core's cache; elsewhere large ones, for each
-waits for the one before.
 """
 
 from functools import partial
@@ -17,7 +13,6 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
 from scale_sae_jax.sae.codes import Codes
-from scale_sae_jax.sae.gathered import chunked
 from scale_sae_jax.sae.grouped import grouped_outer, grouped_sum, spread
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.joined import joined
@@ -166,13 +161,7 @@ def scatter_rows(
     """Gradient of `rows`: values[t, k] * grad[t], summed over the tokens and slots of each row."""
 
     def scatter(values, ids, grad, rows):
-        def step(d_rows, chunk):
-            g, v, i = chunk  # [C, D], [C, K], [C, K]
-            return d_rows.at[i].add(v[..., None] * g[:, None, :]), None
-
-        chunks = chunked(kernel.chunk, rows, grad, values, ids)
-        d_rows, _ = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), chunks)
-        return d_rows.astype(rows.dtype)
+        return kernel.scatter(values, ids, grad, rows.shape[0]).astype(rows.dtype)
 
     shifts = lambda values, ids, grad, rows: (0, rows.shape[0], 0, 0)  # noqa: E731
     return joined(scatter, shifts)(values, ids, grad, rows)

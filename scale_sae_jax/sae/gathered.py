@@ -1,7 +1,9 @@
-"""Sums over gathered rows of a decoder, rows[ids], K of them a token, which no array should hold.
+"""Sums over the rows of a decoder that tokens use, rows[ids], K of them a token, which no array
+should hold.
 
     weighted_sum   start_t + sum_k values[t, k] * rows[ids[t, k]]     decoding
     row_dots       x_t . rows[ids[t, k]]                              the gradient of the values
+    scatter        sum_tk values[t, k] * grad_t at row ids[t, k]      the gradient of the rows
 
 with float32 sums whatever the dtype of the operands. XLA makes a gather part of the loop that uses
 it, so that rows are read where they lie, if the sum is written as the platform's fusion has it:
@@ -84,6 +86,27 @@ def row_dots_of_whole(
     x: Float[Array, "T D"], ids: Int[Array, "T K"], rows: Float[Array, "L D"]
 ) -> Float[Array, "T K"]:
     return (_wide(x[:, None]) * _take(rows, ids)).sum(-1)
+
+
+def scatter(
+    numbers: int,
+    values: Float[Array, "T K"],
+    ids: Int[Array, "T K"],
+    grad: Float[Array, "T D"],
+    latents: int,
+) -> Float[Array, "L D"]:
+    """Sum over t and k with ids[t, k] = l of values[t, k] * grad[t]; other ids are left out.
+
+    What is scattered is stored, so tokens go through in chunks of so many numbers: on CPUs small
+    ones, which stay in a core's cache; elsewhere large ones, for each waits for the one before.
+    """
+
+    def step(rows, chunk):
+        g, v, i = chunk  # [C, D], [C, K], [C, K]
+        return rows.at[i].add(v[..., None] * g[:, None, :]), None
+
+    chunks = chunked(numbers, grad, grad, values, ids)
+    return jax.lax.scan(step, jnp.zeros((latents, grad.shape[1]), jnp.float32), chunks)[0]
 
 
 def in_chunks(function: Callable[..., Float[Array, "T _"]], numbers: int) -> Callable[..., Array]:

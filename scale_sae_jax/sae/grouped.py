@@ -13,7 +13,8 @@ from numpy.typing import DTypeLike
 
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.joined import joined
-from scale_sae_jax.sae.kernels import Kernel, Rows
+from scale_sae_jax.sae.kernels import Kernel
+from scale_sae_jax.sae.tiles import Rows
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -1,4 +1,4 @@
-"""Three ways to multiply each expert's run of rows by that expert's matrix, one a platform.
+"""Ways to multiply each expert's run of rows by that expert's matrix, one for each platform.
 
 A kernel is two products over rows in the order of their experts (`Groups`):
 
@@ -10,9 +10,10 @@ and may return void rows after the P-th.
 
 loop    tiles of rows one after the other; only tiles that exist cost anything. Best on CPUs.
         `outer` takes the first tile of all experts at once, unless half of them are idle.
-tiles   all tiles at once, as one batched product over gathered matrices. For GPUs.
+triton  kernels of our own (`triton.py`). Best on GPUs.
 ragged  `jax.lax.ragged_dot`, and `outer` as in loop. For TPUs. On CPUs, and on GPUs by default, a
         ragged product lowers to work for all experts; on TPUs too where it sums over the runs.
+tiles   all tiles at once, as one batched product over gathered matrices. For what has none.
 """
 
 from collections.abc import Callable
@@ -21,80 +22,32 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from scale_sae_jax.sae import gathered
+from scale_sae_jax.sae import gathered, triton
 from scale_sae_jax.sae.groups import Groups
-
-
-class Rows(NamedTuple):
-    """The rows array[index], P of them, which a kernel gathers when it needs them."""
-
-    array: Float[Array, "R A"]
-    index: Int[Array, " P"]
-
-    def at(self, place: Int[Array, "*B"]) -> Float[Array, "*B A"]:
-        """Rows at `place`; one beyond the last gives the last."""
-        return self.array[self.index.at[place].get(mode="clip")]
+from scale_sae_jax.sae.tiles import Rows, cut, tile_rows
 
 
 class Kernel(NamedTuple):
     """dot(rows, w, groups, transposed, shards) and outer(left, right, groups, shards).
 
-    weighted_sum, row_dots: sums over gathered decoder rows, see `gathered`. gathered_row,
+    weighted_sum, row_dots, scatter: sums over decoder rows, see `gathered`. gathered_row,
     scattered_row: gathering a decoder row to multiply by it, or adding to one, takes as long as
-    multiplying by so many of them. chunk: numbers that are scattered at once. shards: devices that
-    the experts of these pairs lie on, so that the run of one is so much shorter than pairs and
-    experts here say. plain: whether all rows are of one expert.
+    multiplying by so many of them. shards: devices that the experts of these pairs lie on, so that
+    the run of one is so much shorter than pairs and experts here say. plain: whether all rows are
+    of one expert.
     """
 
     dot: Callable[[Rows, Array, Groups, bool, int], Array]
     outer: Callable[[Rows, Rows, Groups, int], Array]
     weighted_sum: Callable[[Array, Array, Array, Array], Array]
     row_dots: Callable[[Array, Array, Array], Array]
+    scatter: Callable[[Array, Array, Array, int], Array]
     gathered_row: int
     scattered_row: int
-    chunk: int
     shards: int = 1
     plain: bool = False
-
-
-class Tiles(NamedTuple):
-    """Each expert's run, cut into tiles of R rows; a run's last tile reaches beyond it.
-
-    expert, start, stop [B]: expert of each tile, its first row, and the end of its expert's run.
-    first [N]: first tile of each expert. used: tiles that exist; those after it are void.
-    """
-
-    expert: Int[Array, " B"]
-    start: Int[Array, " B"]
-    stop: Int[Array, " B"]
-    first: Int[Array, " N"]
-    used: Int[Array, ""]
-
-
-def tile_rows(pairs: int, experts: int) -> int:
-    """R: an eighth more than the mean run, so that most runs fit one tile; 8 to 256."""
-    return min(max(-(-9 * pairs // (8 * experts * 8)) * 8, 8), 256)
-
-
-def cut(sizes: Int[Array, " N"], pairs: int, rows: int) -> Tiles:
-    """Tiles of `rows` rows; there is room for the largest number that any load needs."""
-    experts = sizes.shape[0]
-    most = pairs // rows + min(experts, pairs)
-    count = -(-sizes // rows)
-    last = jnp.cumsum(count)
-    begin = jnp.cumsum(sizes) - sizes
-    tile = jnp.arange(most, dtype=jnp.int32)
-    expert = jnp.searchsorted(last, tile, side="right", method="compare_all")
-    expert = jnp.minimum(expert, experts - 1)
-    return Tiles(
-        expert=expert,
-        start=begin[expert] + (tile - (last - count)[expert]) * rows,
-        stop=(begin + sizes)[expert],
-        first=last - count,
-        used=last[-1],
-    )
 
 
 def _product(rows: Array, w: Array, transposed: bool) -> Array:
@@ -211,48 +164,54 @@ def _ragged_dot(
 
 SUM_BY_SLOTS = partial(gathered.weighted_sum, gathered.products_by_slots)
 SUM_OF_WHOLE = partial(gathered.weighted_sum, gathered.products_of_whole)
-# What gathering costs was measured on CPUs; on TPUs it is the compiler's estimate
-# (docs/performance.md), on GPUs a guess.
+SCATTER_AT_ONCE = partial(gathered.scatter, 1 << 25)
+# What gathering costs was measured on CPUs and GPUs; on TPUs it is the compiler's estimate
+# (docs/performance.md), and for `tiles` a guess.
 KERNELS = {
     "loop": Kernel(
         _loop_dot,
         _loop_outer,
         SUM_BY_SLOTS,
         gathered.in_chunks(gathered.row_dots_by_lanes, 3 << 22),
+        partial(gathered.scatter, 3 << 15),
         gathered_row=7,
         scattered_row=40,
-        chunk=3 << 15,
     ),
-    "tiles": Kernel(
-        _tiles_dot,
-        _tiles_outer,
-        SUM_OF_WHOLE,
-        gathered.row_dots_of_whole,
-        gathered_row=100,
-        scattered_row=100,
-        chunk=1 << 25,
+    "triton": Kernel(
+        triton.dot,
+        triton.outer,
+        triton.weighted_sum,
+        triton.row_dots,
+        triton.scatter,
+        gathered_row=20,
+        scattered_row=24,
     ),
     "ragged": Kernel(
         _ragged_dot,
         _loop_outer,
         gathered.in_chunks(SUM_OF_WHOLE, 1 << 25),
         gathered.in_chunks(gathered.row_dots_of_whole, 1 << 25),
+        SCATTER_AT_ONCE,
         gathered_row=1600,
         scattered_row=1000,
-        chunk=1 << 25,
+    ),
+    "tiles": Kernel(
+        _tiles_dot,
+        _tiles_outer,
+        SUM_OF_WHOLE,
+        gathered.row_dots_of_whole,
+        SCATTER_AT_ONCE,
+        gathered_row=100,
+        scattered_row=100,
     ),
 }
-# Where experts lie on several devices, most pairs have no tile on one: the loop leaves these out.
-KERNELS["tiles_sharded"] = KERNELS["tiles"]._replace(dot=_loop_dot, outer=_loop_outer)
-BEST = {"cpu": "loop", "gpu": "tiles", "tpu": "ragged"}
-BEST_SHARDED = BEST | {"gpu": "tiles_sharded"}
+BEST = {"cpu": "loop", "gpu": "triton", "tpu": "ragged"}
 
 
 def choose(name: str, shards: int = 1) -> Kernel:
     """The kernel of that name; 'auto' takes the best for the platform that JAX computes on."""
     if name == "auto":
-        best = BEST if shards == 1 else BEST_SHARDED
-        name = best.get(jax.default_backend(), best["gpu"])
+        name = BEST.get(jax.default_backend(), "tiles")
     return KERNELS[name]._replace(shards=shards)
 
 

@@ -19,6 +19,7 @@ from scale_sae_jax.sae.codes import Codes, Routing, Slots
 from scale_sae_jax.sae.grouped import grouped_dot, grouped_dot_at
 from scale_sae_jax.sae.groups import Groups, group
 from scale_sae_jax.sae.kernels import Kernel
+from scale_sae_jax.sae.lookup import lookup
 from scale_sae_jax.sae.losses import Loss
 from scale_sae_jax.sae.shards import Shards
 from scale_sae_jax.sae.sparsity import count_slots
@@ -147,17 +148,17 @@ class ScaleSAE(nn.Module):
         c, experts = self.config, row.experts
         here, _, size = self.w_enc.shape
         products = grouped_dot(row.x, self.w_enc, row.groups, self.kernel, c.dtype)  # [R, E, M]
-        bias = self.bias()
+        bias, omega = self.bias(), self.scaling_of(experts)
 
-        def act(products, low, experts, bias, gates):
+        def act(products, low, omega, bias, gates):
             if c.feature_scaling != "none":
-                products = scaling.scale_features(products, self.omega[experts], low)
+                products = scaling.scale_features(products, omega, low)
             acts = jax.nn.relu(products + bias)
             return acts if c.gate_at == "output" else acts * gates
 
         low = self.along_low_pass(row, products.mean(-1))
-        of_pairs = low[..., None], experts[..., None], bias[experts], row.gates[..., None]
-        acts = act(products, *of_pairs)
+        of_latents = lookup(bias, experts, self.kernel)
+        acts = act(products, low[..., None], omega[..., None], of_latents, row.gates[..., None])
         if self.shards.expert > 1:
             acts = jnp.where((experts < here)[..., None], acts, 0)
 
@@ -171,9 +172,9 @@ class ScaleSAE(nn.Module):
             found, means = grouped_dot_at(
                 row.x, self.w_enc, constant, slots.places, row.groups, self.kernel, c.dtype
             )
-            low = _of_pairs(self.along_low_pass(row, means), slots)
-            of_latents, gates = bias.reshape(-1)[slots.ids], _of_pairs(row.gates, slots)
-            return act(found, low, slots.expert, of_latents, gates)
+            of_pairs = self.along_low_pass(row, means), omega, row.gates
+            low, omegas, gates = (_of_pairs(values, slots) for values in of_pairs)
+            return act(found, low, omegas, lookup(bias.reshape(-1), slots.ids, self.kernel), gates)
 
         def act_at(*several: Slots) -> list[Float[Array, "R K"]]:
             if self.sparse_codes:
@@ -198,6 +199,12 @@ class ScaleSAE(nn.Module):
         else:
             along = -scaling.low_pass(self.w_enc, self.low_pass) @ centring.offset(b_dec)
         return self.b_enc + scaling.scale_features(shift, self.omega[:, None], along[:, None])
+
+    def scaling_of(self, experts: Int[Array, "R E"]) -> Float[Array, "R E"]:
+        """omega_i of each selected expert."""
+        if self.config.feature_scaling == "none":
+            return jnp.zeros(experts.shape)
+        return lookup(self.omega, experts, self.kernel)
 
     def along_low_pass(self, row: Row, means: Float[Array, "R E"]) -> Float[Array, "R E"]:
         """x . a_i, with the low-pass direction of each selected expert; `means` of its products."""

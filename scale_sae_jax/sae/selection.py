@@ -17,6 +17,7 @@ from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.joined import joined
 from scale_sae_jax.sae.shards import Shards
+from scale_sae_jax.sae.triton import WIDEST, largest
 
 GROUP = 32
 NARROW = 128  # rows of fewer than so many values a winner are not worth two stages
@@ -28,7 +29,7 @@ CHUNK_PAIRS = 512
 def top_k(
     values: Float[Array, "T W"], k: int
 ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
-    """The k largest of each row and their places; exactly `jax.lax.top_k`, faster on wide rows.
+    """The k largest of each row and their places; exactly `jax.lax.top_k`, faster.
 
     The k winners lie in the k groups of neighbours with the largest maxima: any other group is
     beaten by k values, one from each of those. On a tie the lower group counts as larger, and
@@ -51,8 +52,9 @@ def _top_k_of_rows(
 ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
     """`jax.lax.top_k`, on CPUs in pieces: one call keeps one core busy, many calls keep all.
 
-    The last line changes nothing, but keeps the values in use: pieces whose values nobody needs
-    would share one buffer for them, and wait for each other.
+    On GPUs it sorts whole rows: there the winners are found first, and sorted alone. On CPUs, the
+    last line changes nothing, but keeps the values in use: pieces whose values nobody needs would
+    share one buffer for them, and wait for each other.
     """
 
     def whole(values):
@@ -66,8 +68,15 @@ def _top_k_of_rows(
         last = jnp.where(jnp.isnan(values), width - 1, width)
         return values, jnp.minimum(ids, last)
 
+    def of_winners(values):
+        places = largest(values, k)
+        found, order = jax.lax.top_k(jnp.take_along_axis(values, places, axis=-1), k)
+        return found, jnp.take_along_axis(places, order, axis=-1)
+
     def on_platform(values):
-        return jax.lax.platform_dependent(values, cpu=in_pieces, default=whole)
+        on_gpu = of_winners if k < values.shape[1] <= WIDEST else whole
+        gpu = {"cuda": on_gpu, "rocm": on_gpu}
+        return jax.lax.platform_dependent(values, cpu=in_pieces, **gpu, default=whole)
 
     return joined(on_platform, lambda values: (0,))(values)
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scale_sae_jax.sae import kernels, selection
 from scale_sae_jax.sae.codes import Codes
 from scale_sae_jax.sae.dictionary import DictionarySAE
+from scale_sae_jax.sae.lookup import lookup
 from scale_sae_jax.sae.losses import Loss
 from scale_sae_jax.sae.products import products_at, rounded_dot
 from scale_sae_jax.sae.sparsity import count_slots, one_load
@@ -35,7 +36,7 @@ class TopKSAE(DictionarySAE):
 
         def acts_at(ids: Int[Array, "T K"]) -> Float[Array, "T K"]:
             along = products_at(z, self.w_enc, products, ids, kernel, c.dtype)
-            return jax.nn.relu(along + bias[ids])
+            return jax.nn.relu(along + lookup(bias, ids, kernel))
 
         return jax.nn.relu(products + jax.lax.stop_gradient(bias)), acts_at
 
