@@ -105,6 +105,21 @@ def estimated_cycles(text: str) -> int:
     return cycles(re.search(r"^ENTRY %?([\w.-]+) ", text, re.M)[1])
 
 
+def group_size(line: str, devices: int) -> int:
+    """Devices that take part together in the collective of this line of a compiled program.
+
+    XLA writes {{0,1},{2,3}}, [2,2], or, from JAX 0.11 on, mesh['data'=2,'expert'=2] {'expert'}.
+    """
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(listed[1].split(","))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(counted[1])
+    if of_mesh := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{('[^}]*)\}", line):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", of_mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in of_mesh[2].split(","))
+    return devices
+
+
 def received(text: str, devices: int) -> int:
     """Bytes that a device receives in all collectives of a compiled program, run once each."""
     total = 0
@@ -118,11 +133,7 @@ def received(text: str, devices: int) -> int:
         if found[2] == "collective-permute":
             total += size
             continue
-        groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line)
-        if groups is None:  # all in one
-            others = devices - 1
-        else:
-            others = (len(groups[1].split(",")) if groups[1] else int(groups[2])) - 1
+        others = group_size(line, devices) - 1
         # A gather gives all parts, a scatter one of them; a sum over all is one of each.
         share = {"all-gather": others / (others + 1), "reduce-scatter": others,
                  "all-reduce": 2 * others / (others + 1)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scaling import estimated_cycles
+from benchmarks.scaling import estimated_cycles, group_size
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--d=8", "--latents=64", "--experts=8", "--active=2", "--k=4", "--batch=64")
@@ -64,6 +64,18 @@ def test_scaling_compiles_for_meshes_of_host_devices():
     assert one["received_gb"] == 0 < four["received_gb"]
     assert abs(2 * four["expert_state_gb"] / one["expert_state_gb"] - 1) < 1e-6
     assert "planned_gb" in one and "estimated_mcycles" not in one
+
+
+@pytest.mark.parametrize("groups, size", (
+    ("replica_groups={{0,1,2},{3,4,5}}, dimensions={0}", 3),
+    ("replica_groups=[4,2]<=[8], dimensions={0}", 2),
+    ("replica_groups=mesh['data'=2,'expert'=4] {'expert'}, dimensions={0}", 4),
+    ("replica_groups=mesh['data'=2,'expert'=4] {'data','expert'}, dimensions={0}", 8),
+    ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, dimensions={0}", 2),
+    ("dimensions={0}", 16),
+))
+def test_devices_of_a_collective(groups, size):
+    assert group_size(f"%sum = f32[8] all-reduce(%x), {groups}", devices=16) == size
 
 
 def test_a_topology_that_is_not_known_is_refused_in_a_line():

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae import gathered, triton
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.tiles import Rows, cut, tile_rows
@@ -209,9 +210,18 @@ BEST = {"cpu": "loop", "gpu": "triton", "tpu": "ragged"}
 
 
 def choose(name: str, shards: int = 1) -> Kernel:
-    """The kernel of that name; 'auto' takes the best for the platform that JAX computes on."""
+    """The kernel of that name; 'auto' takes the best for the platform that JAX computes on.
+
+    Raises:
+      UserError: for 'triton', where this JAX has no way to Triton.
+    """
     if name == "auto":
         name = BEST.get(jax.default_backend(), "tiles")
+        name = name if name != "triton" or triton.backend else "tiles"
+    if name == "triton" and not triton.backend:
+        raise UserError(
+            "config.sae.kernel = 'triton', but this JAX has no Pallas for Triton: take 'auto'"
+        )
     return KERNELS[name]._replace(shards=shards)
 
 

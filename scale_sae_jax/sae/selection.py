@@ -8,16 +8,18 @@ With experts on several devices (`shards`), acts are those of the R tokens that 
 see, 0 at experts that lie elsewhere; E * m is the place of a winner that lies elsewhere.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from scale_sae_jax.errors import UserError
+from scale_sae_jax.sae import triton
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.joined import joined
 from scale_sae_jax.sae.shards import Shards
-from scale_sae_jax.sae.triton import WIDEST, largest
 
 GROUP = 32
 NARROW = 128  # rows of fewer than so many values a winner are not worth two stages
@@ -68,17 +70,22 @@ def _top_k_of_rows(
         last = jnp.where(jnp.isnan(values), width - 1, width)
         return values, jnp.minimum(ids, last)
 
-    def of_winners(values):
-        places = largest(values, k)
-        found, order = jax.lax.top_k(jnp.take_along_axis(values, places, axis=-1), k)
-        return found, jnp.take_along_axis(places, order, axis=-1)
-
     def on_platform(values):
-        on_gpu = of_winners if k < values.shape[1] <= WIDEST else whole
+        fits = triton.backend and k < values.shape[1] <= triton.WIDEST
+        on_gpu = partial(winners_first, k=k) if fits else whole
         gpu = {"cuda": on_gpu, "rocm": on_gpu}
         return jax.lax.platform_dependent(values, cpu=in_pieces, **gpu, default=whole)
 
     return joined(on_platform, lambda values: (0,))(values)
+
+
+def winners_first(
+    values: Float[Array, "T W"], k: int
+) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
+    """`jax.lax.top_k` that sorts the winners alone."""
+    places = triton.largest(values, k)
+    found, order = jax.lax.top_k(jnp.take_along_axis(values, places, axis=-1), k)
+    return found, jnp.take_along_axis(places, order, axis=-1)
 
 
 def batch_winners(

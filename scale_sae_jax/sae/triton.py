@@ -9,6 +9,9 @@ as much (docs/performance.md).
 All sums have one order, so that a step gives the same bits each time: XLA's scatters on GPUs do
 not. Sizes within a kernel are powers of two, and what lies beyond an array's end is masked. Where
 there is no GPU, Pallas interprets them: slow, for tests.
+
+JAX has announced the end of this way from Pallas to Triton. Where it is gone, GPUs take the kernel
+`tiles` and XLA's top-k.
 """
 
 from collections.abc import Callable
@@ -16,12 +19,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas.triton import CompilerParams, load, store
 from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.tiles import Rows, cut
+
+try:
+    from jax.experimental.pallas import triton as backend
+except ImportError:
+    backend = None
 
 WIDEST = 1 << 13  # row that `largest` holds in the registers of a block
 NUMBERS = 1 << 12  # that a block of `scatter` loads at once
@@ -50,23 +57,24 @@ def dot(
         def _():
             place = start + jnp.arange(size)
             in_run = (place < stop)[:, None]
-            row = load(index.at[place], mask=place < stop, other=0)[:, None]
+            row = backend.load(index.at[place], mask=place < stop, other=0)[:, None]
 
             def add(i, total):
                 at = i * step + jnp.arange(step)
-                left = load(array.at[row, at[None]], mask=in_run & (at < depth)[None], other=0)
+                inside = in_run & (at < depth)[None]
+                left = backend.load(array.at[row, at[None]], mask=inside, other=0)
                 if transposed:
                     inside = (column < width)[:, None] & (at < depth)[None]
-                    right = load(w.at[n, column[:, None], at[None]], mask=inside, other=0).T
+                    right = backend.load(w.at[n, column[:, None], at[None]], mask=inside, other=0).T
                 else:
                     inside = (at < depth)[:, None] & (column < width)[None]
-                    right = load(w.at[n, at[:, None], column[None]], mask=inside, other=0)
+                    right = backend.load(w.at[n, at[:, None], column[None]], mask=inside, other=0)
                 return total + _product(left, right)
 
             total = jnp.zeros((size, columns), jnp.float32)
             total = jax.lax.fori_loop(0, pl.cdiv(depth, step), add, total)
             to = out.at[place[:, None], column[None]]
-            store(to, total, mask=in_run & (column < width)[None])
+            backend.store(to, total, mask=in_run & (column < width)[None])
 
     grid = tiles.expert.size, pl.cdiv(width, columns)
     arrays = rows.index, tiles.expert, tiles.start, tiles.stop, rows.array, w
@@ -90,15 +98,15 @@ def outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Float[Arr
             place = start + i * step + jnp.arange(step)
 
             def rows(array, index, column):
-                row = load(index.at[place], mask=place < stop, other=0)[:, None]
+                row = backend.load(index.at[place], mask=place < stop, other=0)[:, None]
                 inside = (place < stop)[:, None] & (column < array.shape[1])[None]
-                return load(array.at[row, column[None]], mask=inside, other=0)
+                return backend.load(array.at[row, column[None]], mask=inside, other=0)
 
             return total + _product(rows(left, left_index, a).T, rows(right, right_index, b))
 
         total = jax.lax.fori_loop(0, pl.cdiv(stop - start, step), add, jnp.zeros(part, jnp.float32))
         inside = (a < height)[:, None] & (b < width)[None]
-        store(out.at[n, a[:, None], b[None]], total, mask=inside)
+        backend.store(out.at[n, a[:, None], b[None]], total, mask=inside)
 
     grid = experts, pl.cdiv(height, part[0]), pl.cdiv(width, part[1])
     arrays = left.index, right.index, stop - groups.sizes, stop, left.array, right.array
@@ -121,12 +129,12 @@ def weighted_sum(
         inside = column < width
 
         def add(k, total):
-            row = load(rows.at[ids[t, k], column], mask=inside, other=0)
+            row = backend.load(rows.at[ids[t, k], column], mask=inside, other=0)
             return total + _wide(values[t, k]) * _wide(row)
 
-        total = load(start.at[t, column], mask=inside, other=0)
+        total = backend.load(start.at[t, column], mask=inside, other=0)
         total = jax.lax.fori_loop(0, slots, add, total)
-        store(out.at[t, column], total, mask=inside)
+        backend.store(out.at[t, column], total, mask=inside)
 
     grid = tokens, pl.cdiv(width, columns)
     arrays = start, values, _in_range(ids, rows), rows
@@ -143,17 +151,17 @@ def row_dots(
     def block(x, ids, rows, out):
         t = pl.program_id(0)
         slot = pl.program_id(1) * some + jnp.arange(some)
-        row = load(ids.at[t, slot], mask=slot < slots, other=0)[:, None]
+        row = backend.load(ids.at[t, slot], mask=slot < slots, other=0)[:, None]
 
         def add(i, total):
             at = i * step + jnp.arange(step)
             inside = (slot < slots)[:, None] & (at < width)[None]
-            gathered = load(rows.at[row, at[None]], mask=inside, other=0)
-            along = load(x.at[t, at], mask=at < width, other=0)
+            gathered = backend.load(rows.at[row, at[None]], mask=inside, other=0)
+            along = backend.load(x.at[t, at], mask=at < width, other=0)
             return total + (_wide(gathered) * _wide(along)[None]).sum(1)
 
         total = jax.lax.fori_loop(0, pl.cdiv(width, step), add, jnp.zeros(some, jnp.float32))
-        store(out.at[t, slot], total, mask=slot < slots)
+        backend.store(out.at[t, slot], total, mask=slot < slots)
 
     grid = tokens, pl.cdiv(slots, some)
     return _launch(block, ids.shape, grid, (x, _in_range(ids, rows), rows))
@@ -180,15 +188,15 @@ def scatter(
         def add(i, total):
             place = starts[l] + i * step + jnp.arange(step)
             there = place < stops[l]
-            t = load(tokens.at[place], mask=there, other=0)[:, None]
+            t = backend.load(tokens.at[place], mask=there, other=0)[:, None]
             inside = there[:, None] & (column < width)[None]
-            rows = load(grad.at[t, column[None]], mask=inside, other=0)
-            value = load(values.at[place], mask=there, other=0)
+            rows = backend.load(grad.at[t, column[None]], mask=inside, other=0)
+            value = backend.load(values.at[place], mask=there, other=0)
             return total + (_wide(value)[:, None] * _wide(rows)).sum(0)
 
         count = pl.cdiv(stops[l] - starts[l], step)
         total = jax.lax.fori_loop(0, count, add, jnp.zeros(columns, jnp.float32))
-        store(out.at[l, column], total, mask=column < width)
+        backend.store(out.at[l, column], total, mask=column < width)
 
     grid = latents, pl.cdiv(width, columns)
     arrays = values.reshape(-1)[order], order // slots, stop - sizes, stop, grad
@@ -207,7 +215,7 @@ def largest(values: Float[Array, "T W"], k: int) -> Int[Array, "T K"]:
 
     def block(bits, out):
         t, place = pl.program_id(0), jnp.arange(size)
-        bits = load(bits.at[t, place], mask=place < width, other=0)
+        bits = backend.load(bits.at[t, place], mask=place < width, other=0)
         keys = jnp.where(place < width, bits ^ ((bits >> 31) & 0x7FFFFFFF), lowest)
 
         def narrow(i, least):
@@ -219,7 +227,7 @@ def largest(values: Float[Array, "T W"], k: int) -> Int[Array, "T K"]:
         left = k - above.astype(jnp.int32).sum()
         won = above | (tie & (jnp.cumsum(tie.astype(jnp.int32)) <= left))
         slot = jnp.where(won, jnp.cumsum(won.astype(jnp.int32)) - 1, k)
-        store(out.at[t, slot], place, mask=won)
+        backend.store(out.at[t, slot], place, mask=won)
 
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
     warps = 1 if size <= 1024 else 4
@@ -247,7 +255,7 @@ def _launch(
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
         grid=grid,
         interpret=jax.default_backend() != "gpu",
-        compiler_params=CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=backend.CompilerParams(num_warps=warps, num_stages=stages),
     )(*arrays)
 
 
