@@ -71,12 +71,12 @@ def _top_k_of_rows(
         return values, jnp.minimum(ids, last)
 
     def on_platform(values):
-        fits = triton.backend and k < values.shape[1] <= triton.WIDEST
-        on_gpu = partial(winners_first, k=k) if fits else whole
-        gpu = {"cuda": on_gpu, "rocm": on_gpu}
-        return jax.lax.platform_dependent(values, cpu=in_pieces, **gpu, default=whole)
+        return jax.lax.platform_dependent(values, cpu=in_pieces, default=whole)
 
-    return joined(on_platform, lambda values: (0,))(values)
+    on_gpu = triton.backend and jax.default_backend() == "gpu"
+    fits = k < values.shape[1] <= triton.WIDEST
+    best = partial(winners_first, k=k) if on_gpu and fits else on_platform
+    return joined(best, lambda values: (0,))(values)
 
 
 def winners_first(
