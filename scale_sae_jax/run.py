@@ -23,7 +23,7 @@ from scale_sae_jax.parallel import processes
 from scale_sae_jax.parallel.experts import on_mesh
 from scale_sae_jax.parallel.mesh import mesh_of_run
 from scale_sae_jax.sae.autoencoder import Autoencoder, Params
-from scale_sae_jax.sae.registry import build, experts_of
+from scale_sae_jax.sae.registry import build, experts_of, without_effect
 from scale_sae_jax.sources import (
     Heldout,
     Sources,
@@ -115,6 +115,11 @@ def _run(
     """`run`, in a folder that no other program works in."""
     for remark in processes.lead_alone(lambda: folders.claim(config, workdir)) or []:
         console.note(remark)
+    for name in without_effect(config.sae):
+        console.note(
+            f"config.sae.{name} does nothing: architecture '{config.sae.architecture}' has no such "
+            "option"
+        )
     sources = sources or open_sources(config, workdir, stop, console)
     check_rows(config, sources)
     config = sized(config, workdir, sources.train.d)

@@ -1,6 +1,7 @@
 """Architectures with one dictionary: outputs, losses and gradients against NumPy, and training."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from scale_sae_jax.sae.jumprelu import SPEED, TANH_SLOPE, fires, jump
 from scale_sae_jax.sae.losses import orthogonality
 from scale_sae_jax.sae.matryoshka import prefix_sizes
 from scale_sae_jax.sae.presets import PRESETS, preset
+from scale_sae_jax.sae.registry import ARCHITECTURES, without_effect
 from scale_sae_jax.sae.sparsity import steer
 from scale_sae_jax.training import state
 from scale_sae_jax.training.optim import optimiser, schedule
@@ -509,3 +511,45 @@ def test_no_activations_have_no_codes(name):
         assert sae.decode(params, codes).shape == nothing.shape
         assert jax.jit(sae.reconstruct)(params, nothing).shape == nothing.shape
         assert sae.route(params, nothing).probs.shape == (*leading, sae.experts)
+
+
+OTHER = dict(
+    gate="one", gate_at="code", feature_scaling="gain", load_balance=0.5,
+    load_balance_from="selected", balance_rate=0.1, input_scale=True, tie_biases=True,
+    topk_scope="batch", auxk_weight=0.5, auxk_latents=3, penalty=2.5, penalty_rate=0.3,
+    l0_loss="tanh", bandwidth=0.2, prefixes=2,
+)
+
+
+def program(config):
+    """What the start, the loss and its gradient compute, as text."""
+    sae = build(config, D)
+    x, dead = jnp.ones((T, D)), jnp.zeros(sae.latents, bool)
+
+    def start_and_loss(key, x, dead):
+        params = sae.init(key, x)
+        return params, jax.value_and_grad(lambda p: sae.loss(p, x, dead).total)(params), (
+            sae.loss(params, x, dead).tracked
+        )
+
+    jaxpr = str(jax.make_jaxpr(start_and_loss)(jax.random.key(0), x, dead))
+    return re.sub(r" at 0x[0-9a-f]+", "", jaxpr)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_say_which_options_they_have(name):
+    """Each changes the program, and all others together do not."""
+    many = name == "scale"
+    config = SAEConfig(
+        architecture=name, latents=L, experts=5 if many else 1, active=2 if many else 1, k=4
+    )
+    steered = dataclasses.replace(config, l0_loss="tanh")  # jumprelu has a penalty_rate with it
+    own, same = ARCHITECTURES[name].options, program(config)
+    for option in own:
+        base = steered if option == "penalty_rate" else config
+        changed = dataclasses.replace(base, **{option: OTHER[option]})
+        assert program(changed) != program(base), option
+    others = {option: value for option, value in OTHER.items() if option not in own}
+    changed = dataclasses.replace(config, **others)
+    assert program(changed) == same
+    assert without_effect(changed) == sorted(others) and without_effect(config) == []

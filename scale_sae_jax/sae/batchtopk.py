@@ -19,6 +19,7 @@ class BatchTopKSAE(DictionarySAE):
     """Beside the parameters of `DictionarySAE`: threshold [], which follows the batches."""
 
     revives = True
+    options = ("auxk_weight", "auxk_latents")
 
     def setup(self):
         super().setup()

@@ -40,6 +40,7 @@ class DictionarySAE(nn.Module):
     by_expert = ()  # parameters whose leading axis is that of experts
     sparse_codes = False  # whether a token has k slots; else one for every latent
     revives = False  # whether the loss asks for dead latents (AuxK)
+    options = ()  # of SAEConfig, that it has and not every architecture
 
     def setup(self):
         c, d = self.config, self.width

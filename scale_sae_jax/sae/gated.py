@@ -22,6 +22,8 @@ class GatedSAE(DictionarySAE):
     b_gate.
     """
 
+    options = ("penalty", "penalty_rate")
+
     def setup(self):
         super().setup()
         zeros = nn.initializers.zeros

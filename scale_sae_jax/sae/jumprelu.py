@@ -79,6 +79,8 @@ class JumpReLUSAE(DictionarySAE):
     Beside the parameters of `DictionarySAE`: log_threshold [L], penalty [].
     """
 
+    options = ("penalty", "penalty_rate", "l0_loss", "bandwidth")
+
     def setup(self):
         super().setup()
         zeros = nn.initializers.zeros

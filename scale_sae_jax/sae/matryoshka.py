@@ -20,6 +20,8 @@ def prefix_sizes(latents: int, prefixes: int) -> list[int]:
 class MatryoshkaSAE(BatchTopKSAE):
     """Loss: the mean over the prefixes of |x - x^_prefix|^2, + weight * AuxK."""
 
+    options = (*BatchTopKSAE.options, "prefixes")
+
     def reconstruction(self, x: Float[Array, "T D"], kept: Float[Array, "T L"]):
         residual, errors, begin = x - self.b_dec, [], 0
         codes = kept * self.unit

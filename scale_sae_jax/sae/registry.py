@@ -74,6 +74,14 @@ def _one_dictionary(config: SAEConfig) -> SAEConfig:
     return dataclasses.replace(config, latents=latents, experts=1, active=1)
 
 
+def without_effect(config: SAEConfig) -> list[str]:
+    """Options that were set, and that other architectures have, but this one has not."""
+    own = ARCHITECTURES[config.architecture].options
+    others = {name for module in ARCHITECTURES.values() for name in module.options} - {*own}
+    default = SAEConfig()
+    return sorted(name for name in others if getattr(config, name) != getattr(default, name))
+
+
 def experts_of(config: SAEConfig) -> int:
     """Experts of the autoencoder, before its width is known. Raises UserError as `build`."""
     by_time = config.match == "time" and not has_experts(config)

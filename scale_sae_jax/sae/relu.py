@@ -20,6 +20,8 @@ class ReLUSAE(DictionarySAE):
     Beside the parameters of `DictionarySAE`: penalty [], which is steered to the target L0.
     """
 
+    options = ("penalty", "penalty_rate")
+
     def setup(self):
         super().setup()
         self.penalty = self.param("penalty", nn.initializers.constant(self.config.penalty), ())

@@ -56,6 +56,10 @@ class ScaleSAE(nn.Module):
 
     revives = True
     by_expert = ("w_enc", "b_enc", "w_dec", "omega")
+    options = (
+        "gate", "gate_at", "feature_scaling", "load_balance", "load_balance_from", "balance_rate",
+        "input_scale", "tie_biases", "topk_scope", "auxk_weight", "auxk_latents",
+    )
 
     config: SAEConfig
     width: int

@@ -22,6 +22,7 @@ class TopKSAE(DictionarySAE):
 
     sparse_codes = True
     revives = True
+    options = ("auxk_weight", "auxk_latents")
 
     def encode(self, x: Float[Array, "T D"]) -> Codes:
         acts, acts_at = self.latents(x)
