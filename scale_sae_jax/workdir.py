@@ -67,7 +67,7 @@ def claim(config: Config, workdir: Path) -> list[str]:
                     "config.steps, or choose another --workdir"
                 )
             remarks.append(f"config.{name} changed from {old[name]!r} to {new[name]!r}")
-        if old["steps"] != new["steps"]:
+        if old["steps"] != new["steps"] and config.steps > done:
             remarks.append(f"config.steps changed from {old['steps']} to {new['steps']}: "
                            "the learning-rate schedule is another one from here on")
     with telling(f"cannot write to {workdir}", "choose another --workdir"):

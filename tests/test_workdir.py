@@ -156,6 +156,13 @@ def test_claim_refuses_what_comes_too_late(tmp_path, steps, change, part):
     assert folders.read_config(tmp_path) == longer
 
 
+def test_a_run_may_end_at_the_step_it_has_come_to(tmp_path):
+    """No step is left for another schedule."""
+    folders.claim(dataclasses.replace(CONFIG, steps=9), tmp_path)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    assert folders.claim(dataclasses.replace(CONFIG, steps=5), tmp_path) == []
+
+
 def test_settings_may_be_corrected_before_the_run_has_begun(tmp_path):
     folders.claim(CONFIG, tmp_path)
     corrected = dataclasses.replace(CONFIG, seed=1)
