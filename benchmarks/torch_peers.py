@@ -40,7 +40,9 @@ def define(argv: list[str]) -> None:
     del argv
     define_sizes()
     flags.DEFINE_list("presets", ["paper"], "Autoencoders of ours, of the rivals' total width.")
-    flags.DEFINE_integer("repeats", 3, "Timed steps, or calls of 8 steps of ours.", lower_bound=1)
+    flags.DEFINE_integer(
+        "repeats", 3, "Timed calls, of 8 steps; those of a rival on CPUs of one.", lower_bound=1
+    )
 
 
 def trained(model, loss_of: Callable, after: Callable = lambda: None) -> Callable:
