@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from scale_sae_jax.sae import gathered, kernels, triton
 from scale_sae_jax.sae.kernels import KERNELS
+from scale_sae_jax.sae.lookup import lookup
 
 SUMS = {
     "by slots": kernels.SUM_BY_SLOTS,
@@ -65,12 +66,24 @@ def test_row_dots(way, tokens, slots, width):
 @settings(deadline=None, max_examples=12)
 @given(**SHAPES)
 def test_scatter(way, tokens, slots, width):
-    """One id lies beyond the rows."""
-    _, x, values, ids, _ = setting(tokens, slots, width, rows=12)
-    expected = np.zeros((12, width))
+    """Some ids lie before the rows, some beyond them."""
+    _, x, values, ids, _ = setting(tokens, slots, width, rows=33)
+    expected = np.zeros((33, width))
     np.add.at(expected, ids, values[..., None] * x[:, None])
-    ours = jax.jit(SCATTERS[way], static_argnums=3)(values, ids, x, 11)
-    np.testing.assert_allclose(ours, expected[:11], rtol=1e-5, atol=1e-5 * slots)
+    ours = jax.jit(SCATTERS[way], static_argnums=3)(values, ids - 11, x, 11)
+    np.testing.assert_allclose(ours, expected[11:22], rtol=1e-5, atol=1e-5 * slots)
+
+
+def test_kernels_for_gpus_add_up_all_columns():
+    """More than a block has, and than one turn of its loop."""
+    start, x, values, ids, rows = map(jnp.asarray, setting(tokens=3, slots=40, width=700))
+    total = start + np.einsum("tk,tkd->td", values, rows[ids])
+    np.testing.assert_allclose(triton.weighted_sum(start, values, ids, rows), total, atol=1e-4)
+    dots = np.einsum("td,tkd->tk", x, rows[ids])
+    np.testing.assert_allclose(triton.row_dots(x, ids, rows), dots, atol=1e-3)
+    added = np.zeros(rows.shape)
+    np.add.at(added, ids, values[..., None] * x[:, None])
+    np.testing.assert_allclose(triton.scatter(values, ids, x, len(rows)), added, atol=1e-4)
 
 
 @pytest.mark.parametrize("way", SUMS)
@@ -121,3 +134,24 @@ def test_on_cpus_the_rows_of_a_batch_are_never_stored():
     compiled = jax.jit(residual_and_dots).lower(*arguments).compile()
     stored_rows = 4 * tokens * slots * width
     assert compiled.memory_analysis().temp_size_in_bytes < stored_rows / 10
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_looking_up_and_its_gradient(kernel):
+    """As indexing does, alone and under vmap, but that ids beyond the last leave no gradient."""
+    ids = jnp.asarray([[0, 4, 5], [1, 3, 0]])
+    table = jnp.arange(2 * 4 * 3.0).reshape(2, 4, 3)
+    weight = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 3, 3)), jnp.float32)
+
+    def value_and_gradient(table, weight):
+        found = lookup(table, ids, KERNELS[kernel])
+        return found, jax.grad(lambda t: (weight * lookup(t, ids, KERNELS[kernel])).sum())(table)
+
+    expected = np.zeros((2, 5, 3))
+    np.add.at(expected, (slice(None), np.minimum(ids, 4)), weight)
+    for found, gradient in (
+        jax.vmap(value_and_gradient)(table, weight),
+        [jnp.stack(both) for both in zip(*map(value_and_gradient, table, weight), strict=True)],
+    ):
+        np.testing.assert_array_equal(found, table[:, np.minimum(ids, 3)])
+        np.testing.assert_allclose(gradient, expected[:, :4], atol=1e-6)

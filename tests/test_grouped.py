@@ -78,6 +78,19 @@ def test_equals_dense_in_value_and_gradient(name, per_expert, kernel):
 
 
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("per_expert", (False, True))
+def test_sizes_of_more_than_a_block_equal_dense(per_expert, kernel):
+    """Of GPUs' kernels: more rows, columns and turns of a loop than one has."""
+    a, b = 150, 140
+    experts = jnp.asarray(np.sort(loads()["uneven, expert 4 idle"], 1), jnp.int32)
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = jax.random.normal(keys[0], (T, 2, a) if per_expert else (T, a))
+    w = jax.random.normal(keys[1], (N, a, b))
+    weight = jax.random.normal(keys[2], (T, b) if per_expert else (T, 2, b))
+    assert_equal_to_dense(kernel, x, w, experts, weight)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
 @settings(max_examples=8, deadline=None)
 @given(
     tokens=st.integers(1, 90),

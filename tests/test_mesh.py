@@ -121,6 +121,12 @@ def test_every_kernel_leaves_other_devices_pairs_out(kernel):
     expected = loss_and_gradient(sae, params, x, dead)
     sharded, placed_params = on("data:2,expert:4", sae, params)
     assert_close(loss_and_gradient(sharded, placed_params, x, dead), expected)
+    codes = jax.jit(sae.encode)(params, x)
+
+    def decoder_gradient(sae, params):
+        return jax.jit(jax.grad(lambda p: (x * sae.decode(p, codes)).sum()))(params)["w_dec"]
+
+    assert_close(decoder_gradient(sharded, placed_params), decoder_gradient(sae, params))
 
 
 def test_all_tokens_may_go_to_the_experts_of_one_device():

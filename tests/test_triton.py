@@ -63,9 +63,20 @@ def test_loss_and_gradient_lower_for_cuda(name, dtype, monkeypatch):
     assert ("triton" in lowered.as_text()) == (many_or_sparse or sae.revives)
 
 
+def test_the_cpus_of_a_machine_with_a_gpu_can_be_asked_for(monkeypatch):
+    """By another kernel; the top-k finds out itself."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    sae = build(preset("paper", latents=512, experts=8, active=2, k=4), WIDTH)
+    sae = build(dataclasses.replace(sae.config, kernel="loop"), WIDTH)
+    x = jax.ShapeDtypeStruct((64, WIDTH), jnp.float32)
+    params = jax.eval_shape(sae.init, jax.random.key(0))
+    jax.jit(sae.encode).trace(params, x).lower(lowering_platforms=("cpu",))
+
+
 def test_a_jax_without_triton_is_enough(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(triton, "backend", None)
+    monkeypatch.delitem(kernels.KERNELS, "triton")
     assert kernels.choose("auto") == kernels.KERNELS["tiles"]
     np.testing.assert_array_equal(top_k(jnp.asarray([[1.0, 3, 2]]), 2)[1], [[1, 2]])
     with pytest.raises(UserError, match="take 'auto'"):

@@ -10,8 +10,8 @@ it, so that rows are read where they lie, if the sum is written as the platform'
 
 by_slots, by_lanes   as many gathers as the sum has terms, each used once. For CPUs, which fuse a
                      gather into one elementwise loop, and into no reduction.
-of_whole             one gather, and sums of it. For GPUs, where all of it becomes one kernel. TPUs
-                     store the rows, so there tokens go through in chunks.
+of_whole             one gather, and sums of it, which XLA for GPUs makes one kernel; it is for GPUs
+                     without `triton.py`. TPUs store the rows, so there tokens go through in chunks.
 """
 
 import functools
@@ -103,7 +103,8 @@ def scatter(
 
     def step(rows, chunk):
         g, v, i = chunk  # [C, D], [C, K], [C, K]
-        return rows.at[i].add(v[..., None] * g[:, None, :]), None
+        at = rows.at[i]
+        return at.add(v[..., None] * g[:, None], mode="drop", wrap_negative_indices=False), None
 
     chunks = chunked(numbers, grad, grad, values, ids)
     return jax.lax.scan(step, jnp.zeros((latents, grad.shape[1]), jnp.float32), chunks)[0]

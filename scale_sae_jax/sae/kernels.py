@@ -178,15 +178,6 @@ KERNELS = {
         gathered_row=7,
         scattered_row=40,
     ),
-    "triton": Kernel(
-        triton.dot,
-        triton.outer,
-        triton.weighted_sum,
-        triton.row_dots,
-        triton.scatter,
-        gathered_row=20,
-        scattered_row=24,
-    ),
     "ragged": Kernel(
         _ragged_dot,
         _loop_outer,
@@ -206,19 +197,29 @@ KERNELS = {
         scattered_row=100,
     ),
 }
+if triton.backend:
+    KERNELS["triton"] = Kernel(
+        triton.dot,
+        triton.outer,
+        triton.weighted_sum,
+        triton.row_dots,
+        triton.scatter,
+        gathered_row=20,
+        scattered_row=24,
+    )
 BEST = {"cpu": "loop", "gpu": "triton", "tpu": "ragged"}
 
 
 def choose(name: str, shards: int = 1) -> Kernel:
     """The kernel of that name; 'auto' takes the best for the platform that JAX computes on.
 
-    Raises:
-      UserError: for 'triton', where this JAX has no way to Triton.
+    That is the one of JAX's default backend: what is to run on the CPUs of a machine with a GPU
+    needs another name. Raises UserError for 'triton', where this JAX has no way to Triton.
     """
     if name == "auto":
-        name = BEST.get(jax.default_backend(), "tiles")
-        name = name if name != "triton" or triton.backend else "tiles"
-    if name == "triton" and not triton.backend:
+        best = BEST.get(jax.default_backend())
+        name = best if best in KERNELS else "tiles"
+    if name not in KERNELS:
         raise UserError(
             "config.sae.kernel = 'triton', but this JAX has no Pallas for Triton: take 'auto'"
         )

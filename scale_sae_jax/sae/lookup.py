@@ -18,7 +18,7 @@ def lookup(
     table: Float[Array, "L ..."], ids: Int[Array, "T K"], kernel: Kernel
 ) -> Float[Array, "T K ..."]:
     """table[ids]; ids beyond the last give the last, and leave no gradient."""
-    return table[ids]
+    return table.at[ids].get(mode="clip")
 
 
 def _forward(table, ids, kernel):
@@ -28,8 +28,9 @@ def _forward(table, ids, kernel):
 def _backward(kernel, saved, grad):
     table, ids = saved
     each, rows = ids.reshape(-1, 1), table.reshape(table.shape[0], -1)
-    grads = grad.reshape(each.shape[0], -1)
-    d_rows = scatter_rows(jnp.ones(each.shape, grads.dtype), each, grads, rows, kernel)
+    grads, last = grad.reshape(each.shape[0], -1), table.shape[0] - 1
+    inside = (each <= last).astype(grads.dtype)
+    d_rows = scatter_rows(inside, jnp.minimum(each, last), grads, rows, kernel)
     return d_rows.reshape(table.shape), None
 
 

@@ -31,7 +31,7 @@ CHUNK_PAIRS = 512
 def top_k(
     values: Float[Array, "T W"], k: int
 ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
-    """The k largest of each row and their places; exactly `jax.lax.top_k`, faster.
+    """The k largest of each row and their places; exactly `jax.lax.top_k` without NaN, faster.
 
     The k winners lie in the k groups of neighbours with the largest maxima: any other group is
     beaten by k values, one from each of those. On a tie the lower group counts as larger, and
@@ -70,13 +70,15 @@ def _top_k_of_rows(
         last = jnp.where(jnp.isnan(values), width - 1, width)
         return values, jnp.minimum(ids, last)
 
-    def on_platform(values):
-        return jax.lax.platform_dependent(values, cpu=in_pieces, default=whole)
-
-    on_gpu = triton.backend and jax.default_backend() == "gpu"
     fits = k < values.shape[1] <= triton.WIDEST
-    best = partial(winners_first, k=k) if on_gpu and fits else on_platform
-    return joined(best, lambda values: (0,))(values)
+    with_gpu = triton.backend and jax.default_backend() == "gpu"  # not to be traced elsewhere
+    of_gpu = partial(winners_first, k=k) if with_gpu and fits else whole
+
+    def on_platform(values):
+        ways = dict(cpu=in_pieces, cuda=of_gpu, rocm=of_gpu, default=whole)
+        return jax.lax.platform_dependent(values, **ways)
+
+    return joined(on_platform, lambda values: (0,))(values)
 
 
 def winners_first(

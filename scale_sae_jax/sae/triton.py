@@ -1,5 +1,5 @@
-"""GPU kernels of our own, written in Pallas and compiled by Triton, where XLA's cost several times
-as much (docs/performance.md).
+"""GPU kernels of our own, written in Pallas and compiled by Triton, for what XLA does slowly, would
+store, or adds up in any order (docs/performance.md).
 
     dot, outer      the products of `kernels.Kernel`: rows are gathered, and the matrices of experts
                     read where they lie, as they are multiplied
@@ -10,8 +10,8 @@ All sums have one order, so that a step gives the same bits each time: XLA's sca
 not. Sizes within a kernel are powers of two, and what lies beyond an array's end is masked. Where
 there is no GPU, Pallas interprets them: slow, for tests.
 
-JAX has announced the end of this way from Pallas to Triton. Where it is gone, GPUs take the kernel
-`tiles` and XLA's top-k.
+JAX has announced the end of this way from Pallas to Triton. Where it is gone, there is no kernel of
+this name, and GPUs take `tiles` and XLA's top-k.
 """
 
 from collections.abc import Callable
@@ -175,6 +175,7 @@ def scatter(
     A block goes through the slots of one latent, in the order of their tokens, for some columns.
     """
     slots, width = ids.shape[1], grad.shape[1]
+    ids = jnp.where(ids < 0, latents, ids)  # which would come first, before the first run
     columns = power_of_two(width, most=256)
     step = NUMBERS // columns
     order = jnp.argsort(ids.reshape(-1), stable=True).astype(jnp.int32)
