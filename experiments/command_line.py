@@ -27,7 +27,8 @@ def start(
       processes_join: whether several processes may run the command as one program; it then takes
         --coordinator, --num_processes and --process_id.
 
-    Exit status: 0 done, 2 for a user's mistake, 3 if another process of the program was lost.
+    Exit status: 0 done, 2 for a user's mistake, 3 if another process of the program was lost, 130
+    after Ctrl-C, where a command has not its own way to stop.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -72,6 +73,10 @@ def start(
             os._exit(2)  # a regular end would wait for the threads that write
         except UserError as error:
             fail(str(error))
+        except KeyboardInterrupt:
+            print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(130)  # threads that compute do not stop
 
     try:
         app.run(body, flags_parser=parse)
@@ -123,9 +128,10 @@ def _join_and_run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if not watch.fail(str(error)):
-            sys.exit(2)
-        raise
+        if watch.fail(str(error)):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # a regular end would wait for processes that have ended
     except SystemExit:
         watch.leave()
         raise

@@ -21,6 +21,7 @@ from experiments.console import Bars, table
 from experiments.trained import define_run, refuse_unused, text_asked_for
 from scale_sae_jax import load
 from scale_sae_jax.config import from_config_dict
+from scale_sae_jax.errors import UserError
 from scale_sae_jax.run import find_step, measure_run, write_evaluation
 from scale_sae_jax.sources import check_sources, open_sources, read_heldout
 from scale_sae_jax.workdir import read_config
@@ -33,7 +34,13 @@ def main() -> None:
     trained, asked = read_config(workdir), from_config_dict(FLAGS.config)
     # An array or synthetic data is its own held-out part: no text is read.
     refuse_unused(trained, asked, ("text", "eval") if trained.lm.path else ("eval",))
-    text = text_asked_for(asked.text, trained.text)
+    text = text_asked_for(asked.text, trained.text) if trained.lm.path else trained.text
+    if not trained.lm.path and asked.text.path:
+        raise UserError(
+            f"{workdir} was trained without a language model, on activations that are their own "
+            f"held-out part, so config.text.path = '{asked.text.path}' would do nothing: leave "
+            "--config out, or change config.eval alone"
+        )
     config = dataclasses.replace(trained, eval=asked.eval)
     check_sources(dataclasses.replace(config, text=text))
     step, newest = find_step(workdir, FLAGS.step)

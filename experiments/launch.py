@@ -23,7 +23,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import command_line
-from scale_sae_jax.errors import UserError
+from scale_sae_jax.errors import UserError, telling
 
 FLAGS = flags.FLAGS
 PROGRAMS = ("experiments.train", "experiments.sweep")
@@ -140,7 +140,8 @@ def main() -> None:
             print(text, end="")
             return
         path = Path(f"{FLAGS.name}.sbatch")
-        path.write_text(text)
+        with telling(f"cannot write {path}", "choose another --name, or a folder to write in"):
+            path.write_text(text)
         sys.exit(_start(["sbatch", str(path)]))
     if FLAGS.on == "tpu":
         for command in tpu(words):

@@ -20,6 +20,8 @@ def define_run(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_string("step", "latest", "Checkpoint: a step, 'latest' or 'best'.")
     workdir = command_line.given(argv, "workdir")
+    if workdir is None and any(word.startswith("--config.") for word in argv):
+        raise UserError("--workdir is missing: the settings to change are those of that run")
     if command_line.given(argv, "config") is not None:
         command_line.define_config(argv)
     elif workdir is not None:

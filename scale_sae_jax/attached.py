@@ -9,7 +9,6 @@ an outlying norm) have no codes here and are never edited.
 """
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -160,8 +159,8 @@ class Attached:
         steer = steer or {}
         if not isinstance(ablate, Collection) or not isinstance(steer, Mapping):
             raise UserError("ablate takes a list of latents, steer a dict of latent: multiple")
-        if not all(isinstance(a, Real) and math.isfinite(a) for a in steer.values()):
-            raise UserError(f"steer = {dict(steer)}: multiples must be finite numbers")
+        if not all(_is_finite(multiple) for multiple in steer.values()):
+            raise UserError(f"steer = {dict(steer)}: multiples must be finite float32 numbers")
         gone, added = self._ids(ablate), self._ids(steer)
         if not (splice or gone or added):
             logits = self._clean(self.lm.params, row.tokens, row.segments)
@@ -270,7 +269,7 @@ def attach(
 
     Raises UserError for a layer that the model has not, or an autoencoder of another width.
     """
-    if not 0 <= layer < lm.layers:
+    if not isinstance(layer, Integral) or not 0 <= layer < lm.layers:
         raise UserError(f"{lm.name} has no layer {layer}: it has layers 0 to {lm.layers - 1}")
     if sae.width != lm.width:
         raise UserError(
@@ -306,6 +305,13 @@ def attach_run(path: str | Path, step: int | str = "latest") -> Attached:
         masks=evaluated(config.activations),
         bos=config.text.bos,
     )
+
+
+def _is_finite(multiple: Any) -> bool:
+    """Whether it is one number that float32 holds."""
+    number = isinstance(multiple, Real) or getattr(multiple, "shape", None) == ()
+    with np.errstate(over="ignore"):
+        return number and bool(np.isfinite(np.float32(multiple)))
 
 
 def _median_norm(workdir: Path, config: Config) -> float:

@@ -211,7 +211,8 @@ def write_evaluation(
     """
     own_text = config.activations.is_array or config.synthetic.features or text == config.text
     own_eval = config.eval == folders.read_config(workdir).eval
-    words = [Path(str(results["eval_text"])).stem, text.where.replace("!=", " not ")]
+    words = [Path(str(results["eval_text"])).stem]
+    words += [text.where.replace("!=", " not ")] if config.lm.path else []
     words += [] if own_text else [digest(dataclasses.asdict(text))]
     words += [] if last else [f"step {results['step']}"]
     words += [] if own_eval else [f"eval {digest(dataclasses.asdict(config.eval))}"]
@@ -276,7 +277,7 @@ def _step_of(checkpoints: Checkpoints, workdir: Path, step: int | str) -> int:
     if number not in checkpoints.steps:
         have = ", ".join(map(str, checkpoints.steps))
         raise UserError(f"{workdir} has no checkpoint {step}: there are {have}, latest, best")
-    return number
+    return int(number)
 
 
 def sized(config: Config, workdir: Path, width: int) -> Config:

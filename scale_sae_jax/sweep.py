@@ -29,7 +29,7 @@ from scale_sae_jax.errors import UserError
 from scale_sae_jax.evaluation.flops import forward_flops
 from scale_sae_jax.parallel import processes
 from scale_sae_jax.parallel.mesh import mesh_of_run
-from scale_sae_jax.results import MAIN_RESULTS, write_rows
+from scale_sae_jax.results import MAIN_RESULTS, RESULTS, write_rows
 from scale_sae_jax.run import check_run, load, measure_run, run, sized, write_evaluation
 from scale_sae_jax.sae.presets import preset
 from scale_sae_jax.sae.registry import build, experts_of
@@ -104,7 +104,13 @@ def cell(
     """
     settings.update_from_flattened_dict(overrides or {})
     try:
-        return Cell(axes, from_config_dict(settings), texts or {})
+        here = Cell(axes, from_config_dict(settings), texts or {})
+        if here.texts and not here.config.lm.path:
+            raise UserError(
+                f"to be evaluated on {', '.join(here.texts)} it needs a language model, and an "
+                "array or synthetic data has none: take other data, or another grid"
+            )
+        return here
     except UserError as error:
         raise UserError(f"cell {Cell(axes, Config()).name}: {error}") from error
 
@@ -342,7 +348,8 @@ def write_results(cells: list[Cell], workdir: Path, command: list[str]) -> None:
     """Writes results.csv and .parquet: a row for each finished cell of `cells`.
 
     Columns: axes; scalar results; the two bounds of an interval as _lo and _hi; the cell's folder
-    in `workdir`; and `command` with the flag that runs this cell alone.
+    in `workdir`; and `command` with the flag that runs this cell alone. Without a row, a table that
+    is there stays: the arguments may be mistyped.
     """
     rows = []
     for here in cells:
@@ -351,6 +358,8 @@ def write_results(cells: list[Cell], workdir: Path, command: list[str]) -> None:
             alone = shlex.join([*command, f"--filter={here.name}"])
             where = {"folder": here.name, "command": alone}
             rows.append({**here.axes, **_scalars(results, here.axes), **where})
+    if not rows and (workdir / RESULTS).exists():
+        return
     axes = list(dict.fromkeys(name for here in cells for name in here.axes))
     write_rows(rows, axes, workdir)
 

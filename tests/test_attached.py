@@ -165,6 +165,8 @@ def test_mistakes(attached, tmp_path):
         attached.predict(TEXT, steer={-1: 1.0})
     with pytest.raises(UserError, match="multiples must be finite"):
         attached.logits(TEXT, steer={3: np.nan})
+    with pytest.raises(UserError, match="finite float32 numbers"):
+        attached.logits(TEXT, steer={3: 1e39})
     with pytest.raises(UserError, match="no latent 'a'"):
         attached._ids(["a"])
     with pytest.raises(UserError, match="n = -1"):

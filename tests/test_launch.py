@@ -76,6 +76,10 @@ def test_slurm_and_tpu_commands():
         (["--on=slurm", "--gpus_per_node=0", f"--command={TRAIN}"], "--gpus_per_node=0"),
         (["--on=local", "--cpu_devices=-1", f"--command={TRAIN}"], "--cpu_devices=-1"),
         ([], "--on and --command are missing"),
+        (
+            ["--on=slurm", "--go", "--name=no/such/job", f"--command={TRAIN}"],
+            "cannot write no/such/job.sbatch",
+        ),
     ],
 )
 def test_what_cannot_be_launched_is_told_in_a_line(flags, message):

@@ -195,6 +195,16 @@ def test_a_users_mistake_ends_every_process_and_is_told_by_the_lead(array, tmp_p
     assert all("Traceback" not in err for *_, err in ends)
 
 
+def test_a_mistake_that_all_find_at_once_ends_them_in_seconds(array, tmp_path):
+    """The lead may find it before the other has connected."""
+    begun = time.monotonic()
+    ends = finish(start(f"configs/array.py:path={array},{SIZES}", ["sae.k=99"], tmp_path, 2, 1))
+    assert [code for code, *_ in ends] == [2, 2], ends
+    assert ["config.sae.k (l0) = 99" in err for *_, err in ends] == [True, False], ends
+    assert all("Fatal" not in err for *_, err in ends)
+    assert time.monotonic() - begun < 60  # JAX waits for a lost process for longer
+
+
 ALONE = """
 from experiments import command_line
 from scale_sae_jax.errors import UserError

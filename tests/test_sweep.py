@@ -331,6 +331,8 @@ def test_columns_of_the_results(tmp_path, fake):
     row |= {"folder": "a-seed=1", "command": alone}
     assert read_rows(tmp_path) == [row]
     assert read_rows(tmp_path, ["array=a", "seed=1"]) == [row]
+    sweep.write_results(grid[:1], tmp_path, COMMAND)  # of which none is finished
+    assert read_rows(tmp_path) == [row]
     wrong = {"seed=2": "there are 1", "lr=2": "no column 'lr'; the results have array, seed",
              "seed": "write COLUMN=VALUE"}
     for where, part in wrong.items():
@@ -340,6 +342,18 @@ def test_columns_of_the_results(tmp_path, fake):
     assert {path.name for path in tmp_path.iterdir()} == {
         "a-seed=1", "results.csv", "results.parquet"
     }
+
+
+def test_grids_of_the_package_take_an_array():
+    """Those that harvest elsewhere for tuning, too; not what needs a text to be evaluated on."""
+    sizes = "data=array,path=x.npy,seeds=1,l0=4,experts=4,latents=64"
+    for name in ("learning_rates", "ours", "architectures"):
+        for here in sweep.read_grid(f"configs/grids/{name}.py:{sizes}"):
+            assert here.config.activations.is_array and here.config.lm == Config().lm
+    grid = f"configs/grids/biomedical.py:{sizes}"
+    assert "evaluated on biomedical it needs a language model" in refusal(
+        lambda: sweep.read_grid(grid)
+    )
 
 
 def test_an_axis_may_mix_words_and_numbers(tmp_path, fake):

@@ -55,6 +55,11 @@ def parse(arg: str, **more: Any) -> Any:
     return parsed
 
 
+def harvests(name: str) -> bool:
+    """Whether it is a setting of the language model, its text, or what is kept of both."""
+    return name.startswith(("lm.", "text.", "activations."))
+
+
 def cells(
     arg: Any,
     points: list[Axes],
@@ -91,5 +96,8 @@ def cells(
             rate = TUNED.get(axes.get("preset"), TUNED["paper"])
             if settings.sae.match == "width":  # as in the published rule, by the root of the width
                 rate *= (settings.sae.active / settings.sae.experts) ** 0.5
-        found.append(cell(axes, settings, common | {"optim.lr": rate} | changes(axes), texts))
+        changed = changes(axes)
+        if not settings.lm.path:  # an array or synthetic data: there is nothing to harvest
+            changed = {name: value for name, value in changed.items() if not harvests(name)}
+        found.append(cell(axes, settings, common | {"optim.lr": rate} | changed, texts))
     return found

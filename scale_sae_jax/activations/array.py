@@ -95,6 +95,12 @@ def open_array(
             "float32 does not hold the squares of such activations: multiply the array by a number "
             "that brings norms near 1"
         )
+    if max_norm_ratio and not median_norm:
+        raise UserError(
+            f"{path}: more than half of its {training} rows to train on are zero, and all others "
+            "would count as outliers: leave them out, or keep all with "
+            "--config.activations.max_norm_ratio=0"
+        )
     far = outliers(norms, median_norm, max_norm_ratio)
     if far.all():
         raise UserError(

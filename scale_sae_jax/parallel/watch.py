@@ -36,6 +36,7 @@ class Watch:
     def __init__(self, number: int, end: Callable[[int], None] = os._exit):
         self._number, self._end = number, end
         self._connections, self._readers, self._heard = [], [], []
+        self._accepting = Thread()
         self._leaving = Event()
 
     def expect(self, others: int) -> int:
@@ -58,7 +59,8 @@ class Watch:
                     connection.close()
             server.close()
 
-        Thread(target=accept, daemon=True).start()
+        self._accepting = Thread(target=accept, daemon=True)
+        self._accepting.start()
         return int.from_bytes(token) << PORT_BITS | server.getsockname()[1]
 
     def connect(self, host: str, number: int) -> None:
@@ -84,8 +86,10 @@ class Watch:
         this process to tell the user.
         """
         self._leaving.set()
-        self._say(FAILURE, message)
         until = time.monotonic() + ALONE_SECONDS + 2
+        if self._accepting.is_alive():  # others are still to come, and would hear nothing
+            self._accepting.join(ALONE_SECONDS)
+        self._say(FAILURE, message)
         for reader in self._readers:
             reader.join(max(0.0, until - time.monotonic()))
         speaks = self._number == 0 or not self._connections
