@@ -1,5 +1,6 @@
 """The commands as a user calls them: whole runs, kills, evaluation, and mistakes told in a line."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 from small_model import VOCAB, WIDTH, write_model
 
 import scale_sae_jax
+from scale_sae_jax.config import ActivationsConfig, Config
 from scale_sae_jax.sae import build
 from scale_sae_jax.training import state
 from scale_sae_jax.training.checkpoints import Checkpoints
@@ -299,11 +301,29 @@ def mistakes(data, tmp_path):
         (["evaluate", "--workdir", str(data)], "config.json"),
         (["evaluate", f"--workdir={tmp_path}"], "not valid JSON"),
         (["evaluate"], "--workdir"),
+        (["evaluate", "--config.text.path=a.jsonl"], "--workdir is missing: the settings"),
         (["evaluate", "--workdir=~/no/run"], f"{Path.home()}/no/run has no config.json"),
         (["export", f"--workdir={data}", "--format=sae_lens", f"--to={new}"], "no autoencoder"),
         (["export", f"--workdir={data}", "--format=onnx", f"--to={new}"], "--format"),
         (["export", f"--workdir={data}", "--format=sae_lens"], "--to"),
     ]
+
+
+INTERRUPTED = """
+from experiments import command_line
+
+def main():
+    raise KeyboardInterrupt
+
+command_line.start(main, lambda argv: None)
+"""
+
+
+def test_ctrl_c_is_one_line():
+    """Where a command has no other way to stop."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr.strip()) == (130, "stopped by Ctrl-C")
 
 
 def test_help_lists_the_flags_that_commands_share():
@@ -322,6 +342,13 @@ def test_mistakes_are_told_in_one_line_with_status_2(data, tmp_path, trained):
         shutil.copy(trained[0] / name, hollow)
     (hollow / "eval.json").write_text("{}")
     cases += [(["plot", f"--workdir={hollow}"], "eval.json has no fvu")]
+    of_array = dataclasses.asdict(Config(activations=ActivationsConfig(path="a.npy")))
+    (tmp_path / "of_array").mkdir()
+    (tmp_path / "of_array" / "config.json").write_text(json.dumps(of_array))
+    cases += [(
+        ["evaluate", f"--workdir={tmp_path}/of_array", "--config=configs/biomedical.py"],
+        "was trained without a language model",
+    )]
     run = f"--workdir={trained[0]}"
     cases += [
         (["evaluate", run, "--step=7"], "checkpoint 7: there are 30"),

@@ -312,7 +312,7 @@ def test_a_bad_array_is_refused(tmp_path, array, message):
 
 def test_zeros_do_not_make_outliers_of_all_else(tmp_path):
     np.save(tmp_path / "a.npy", np.eye(20, 6, dtype=np.float32))
-    with pytest.raises(UserError, match="more than half of its 18 rows .* max_norm_ratio=0"):
+    with pytest.raises(UserError, match="more than half of its 18 rows .*max_norm_ratio=0"):
         open_array(tmp_path / "a.npy", 0.1, 10.0)
     train, _ = open_array(tmp_path / "a.npy", 0.1, 0.0)
     assert train.n == 18
