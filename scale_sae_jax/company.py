@@ -109,7 +109,10 @@ def _train(
 
 
 def _begun(cells: list[Cell], workdir: Path) -> list[list[Cell]]:
-    """The companies of these cells that were begun with their very settings, and none finished."""
+    """The companies of these cells that were begun with their very settings, and none finished.
+
+    What one leaves whose cells were finished in another way is removed.
+    """
     by_name = {here.name: here for here in cells}
     found = []
     for path in sorted(workdir.glob("together-*/cells.json")):
@@ -119,6 +122,8 @@ def _begun(cells: list[Cell], workdir: Path) -> list[list[Cell]]:
         same = members and _folder(members, workdir) == path.parent
         if same and all(finished(here, workdir) is None for here in members):
             found.append(members)
+        elif same:
+            shutil.rmtree(path.parent, ignore_errors=True)
     return found
 
 

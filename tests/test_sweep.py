@@ -33,7 +33,7 @@ from experiments import table
 from scale_sae_jax import sweep
 from scale_sae_jax.activations.array import ActivationArray
 from scale_sae_jax.company import check_together, company
-from scale_sae_jax.config import Config, LMConfig, TextConfig, to_config_dict
+from scale_sae_jax.config import Config, LMConfig, TextConfig, digest, to_config_dict
 from scale_sae_jax.errors import UnwrittenError, UserError
 from scale_sae_jax.results import read_rows
 from scale_sae_jax.sae import build
@@ -516,6 +516,10 @@ def test_who_trains_with_whom(data, tmp_path):  # noqa: F811
     finished = {"config": dataclasses.asdict(c.config), "results": {}}
     (tmp_path / c.name / "cell.json").write_text(json.dumps(finished))
     assert names(a, grid) == ["k=4-seed=0", "k=8-seed=1", "k=8-seed=2"]
+    stale = tmp_path / f"together-{digest({x.name: repr(x.config) for x in (c, d)})}"
+    stale.mkdir()  # of a company whose cell c was finished in another way
+    (stale / "cells.json").write_text(json.dumps({"cells": [c.name, d.name]}))
+    assert names(a, grid) == ["k=4-seed=0", "k=8-seed=1", "k=8-seed=2"] and not stale.exists()
 
 
 def test_cells_together_have_the_results_that_they_have_alone(data, tmp_path, capsys):  # noqa: F811
