@@ -21,7 +21,8 @@ for name, value in FAST.items():
 OLDER = "--xla_cpu_use_fusion_emitters=false"
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and "XLA_FLAGS" not in os.environ:
     probe = [sys.executable, "-c", "import jax; jax.devices()"]  # which an unknown flag ends
-    known = subprocess.run(probe, env=os.environ | {"XLA_FLAGS": OLDER}, capture_output=True)
+    settings = os.environ | {"XLA_FLAGS": OLDER, "JAX_PLATFORMS": "cpu"}
+    known = subprocess.run(probe, env=settings, capture_output=True)
     if known.returncode == 0:
         os.environ["XLA_FLAGS"] = OLDER
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as it is in the workers of pytest-xdist
