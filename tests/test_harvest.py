@@ -111,6 +111,15 @@ def as_set(rows):
     return sorted(map(tuple, rows.tolist()))
 
 
+def test_a_store_with_other_settings_is_refused_with_what_to_do(tmp_path):
+    lm, text = model(), text_config(tmp_path)
+    begin_parts(2, lm, text, ACTIVATIONS, tmp_path / "store")
+    other = dataclasses.replace(ACTIVATIONS, tokens=2000)
+    told = "activations.tokens = 1000, not 2000: take --config.activations.tokens=1000, choose"
+    with pytest.raises(UserError, match=told):
+        begin_parts(2, lm, text, other, tmp_path / "store")
+
+
 def test_stand_in_is_a_model():
     assert isinstance(model(), ReadableModel)
 

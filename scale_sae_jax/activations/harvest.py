@@ -253,9 +253,11 @@ def _start(
     if manifest.fingerprint != fingerprint:
         there, here = flatten(manifest.settings), flatten(settings)
         name = next((n for n in {**here, **there} if there.get(n) != here.get(n)), "settings")
+        ours = name.split(".")[0] in ("lm", "text", "activations")
+        keep = f"take --config.{name}={there.get(name)}, " if ours else ""
         raise UserError(
             f"{folder} holds activations with {name} = {there.get(name)}, not {here.get(name)}: "
-            "choose another --config.activations.path or delete the folder"
+            f"{keep}choose another --config.activations.path, or delete the folder"
         )
     return manifest
 
