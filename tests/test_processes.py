@@ -225,18 +225,20 @@ def test_a_process_that_fails_alone_ends_the_other_with_the_reason():
     assert ["error: no activation is left" in err for *_, err in ends] == [True, False], ends
 
 
+# An array is evaluated again on its own held-out part, as others are on a text: `cell` refuses it.
 GRID = """
+import dataclasses
 from configs import array
 from scale_sae_jax.config import TextConfig
 from scale_sae_jax.sweep import axis, cell, product
 
 def get_grid(arg):
     small = {"steps": 4, "batch_size": 64, "log_every": 2, "eval.tokens": 128, "eval.bootstrap": 5}
-    again = {"again": TextConfig()}  # an array is evaluated on its own held-out part
-    return [
-        cell(axes, array.get_config(f"path={axes['path']},l0=4,experts=4,latents=64"), small, again)
+    cells = [
+        cell(axes, array.get_config(f"path={axes['path']},l0=4,experts=4,latents=64"), small)
         for axes in product(axis("path", arg.split("+")))
     ]
+    return [dataclasses.replace(one, texts={"again": TextConfig()}) for one in cells]
 """
 
 
