@@ -34,13 +34,13 @@ def main() -> None:
     trained, asked = read_config(workdir), from_config_dict(FLAGS.config)
     # An array or synthetic data is its own held-out part: no text is read.
     refuse_unused(trained, asked, ("text", "eval") if trained.lm.path else ("eval",))
-    text = text_asked_for(asked.text, trained.text) if trained.lm.path else trained.text
-    if not trained.lm.path and asked.text.path:
+    if asked.text.path and not trained.lm.path:
         raise UserError(
             f"{workdir} was trained without a language model, on activations that are their own "
             f"held-out part, so config.text.path = '{asked.text.path}' would do nothing: leave "
             "--config out, or change config.eval alone"
         )
+    text = text_asked_for(asked.text, trained.text) if trained.lm.path else trained.text
     config = dataclasses.replace(trained, eval=asked.eval)
     check_sources(dataclasses.replace(config, text=text))
     step, newest = find_step(workdir, FLAGS.step)

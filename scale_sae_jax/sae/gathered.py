@@ -56,11 +56,11 @@ def weighted_sum(
 
 def products_by_slots(values: Array, ids: Array, rows: Array) -> list[Float[Array, "T D"]]:
     """values[:, k] * rows[ids[:, k]] of every slot k."""
-    return [_wide(values[:, k, None]) * _take(rows, ids[:, k]) for k in range(ids.shape[1])]
+    return [wide(values[:, k, None]) * _take(rows, ids[:, k]) for k in range(ids.shape[1])]
 
 
 def products_of_whole(values: Array, ids: Array, rows: Array) -> list[Float[Array, "T D"]]:
-    products = _wide(values[..., None]) * _take(rows, ids)
+    products = wide(values[..., None]) * _take(rows, ids)
     return [products[:, k] for k in range(ids.shape[1])]
 
 
@@ -74,7 +74,7 @@ def row_dots_by_lanes(
 
     def dots(begins, size):
         columns = [slice(begin, begin + size) for begin in begins]
-        terms = [_wide(x[:, None, c]) * _take(rows[:, c], ids) for c in columns]
+        terms = [wide(x[:, None, c]) * _take(rows[:, c], ids) for c in columns]
         total = functools.reduce(operator.add, terms)
         return total @ jnp.ones(size)  # a `sum` would be one reduction with the terms
 
@@ -85,7 +85,7 @@ def row_dots_by_lanes(
 def row_dots_of_whole(
     x: Float[Array, "T D"], ids: Int[Array, "T K"], rows: Float[Array, "L D"]
 ) -> Float[Array, "T K"]:
-    return (_wide(x[:, None]) * _take(rows, ids)).sum(-1)
+    return (wide(x[:, None]) * _take(rows, ids)).sum(-1)
 
 
 def scatter(
@@ -140,9 +140,9 @@ def chunked(numbers: int, rows: Float[Array, "L D"], *arrays: Array) -> list[Arr
 
 
 def _take(rows: Array, ids: Array) -> Array:
-    return _wide(rows.at[ids].get(mode="clip"))
+    return wide(rows.at[ids].get(mode="clip"))
 
 
-def _wide(operand: Array) -> Array:
+def wide(operand: Array) -> Array:
     """In float32, where products of two in bfloat16 are exact."""
     return operand.astype(jnp.float32)

@@ -22,7 +22,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
-from scale_sae_jax.sae.groups import Groups
+from scale_sae_jax.sae.gathered import wide
+from scale_sae_jax.sae.groups import Groups, group
 from scale_sae_jax.sae.tiles import Rows, cut
 
 try:
@@ -130,7 +131,7 @@ def weighted_sum(
 
         def add(k, total):
             row = backend.load(rows.at[ids[t, k], column], mask=inside, other=0)
-            return total + _wide(values[t, k]) * _wide(row)
+            return total + wide(values[t, k]) * wide(row)
 
         total = backend.load(start.at[t, column], mask=inside, other=0)
         total = jax.lax.fori_loop(0, slots, add, total)
@@ -158,7 +159,7 @@ def row_dots(
             inside = (slot < slots)[:, None] & (at < width)[None]
             gathered = backend.load(rows.at[row, at[None]], mask=inside, other=0)
             along = backend.load(x.at[t, at], mask=at < width, other=0)
-            return total + (_wide(gathered) * _wide(along)[None]).sum(1)
+            return total + (wide(gathered) * wide(along)[None]).sum(1)
 
         total = jax.lax.fori_loop(0, pl.cdiv(width, step), add, jnp.zeros(some, jnp.float32))
         backend.store(out.at[t, slot], total, mask=slot < slots)
@@ -175,12 +176,10 @@ def scatter(
     A block goes through the slots of one latent, in the order of their tokens, for some columns.
     """
     slots, width = ids.shape[1], grad.shape[1]
-    ids = jnp.where(ids < 0, latents, ids)  # which would come first, before the first run
     columns = power_of_two(width, most=256)
     step = NUMBERS // columns
-    order = jnp.argsort(ids.reshape(-1), stable=True).astype(jnp.int32)
-    sizes = jnp.zeros(latents, jnp.int32).at[ids.reshape(-1)].add(1, mode="drop")
-    stop = jnp.cumsum(sizes)
+    runs = group(jnp.where(ids < 0, latents, ids), latents)  # negative ids would come first
+    stop = jnp.cumsum(runs.sizes)
 
     def block(values, tokens, starts, stops, grad, out):
         l = pl.program_id(0)
@@ -193,14 +192,14 @@ def scatter(
             inside = there[:, None] & (column < width)[None]
             rows = backend.load(grad.at[t, column[None]], mask=inside, other=0)
             value = backend.load(values.at[place], mask=there, other=0)
-            return total + (_wide(value)[:, None] * _wide(rows)).sum(0)
+            return total + (wide(value)[:, None] * wide(rows)).sum(0)
 
         count = pl.cdiv(stops[l] - starts[l], step)
         total = jax.lax.fori_loop(0, count, add, jnp.zeros(columns, jnp.float32))
         backend.store(out.at[l, column], total, mask=column < width)
 
     grid = latents, pl.cdiv(width, columns)
-    arrays = values.reshape(-1)[order], order // slots, stop - sizes, stop, grad
+    arrays = values.reshape(-1)[runs.pairs], runs.pairs // slots, stop - runs.sizes, stop, grad
     return _launch(block, (latents, width), grid, arrays)
 
 
@@ -266,7 +265,3 @@ def _product(left: Array, right: Array) -> Float[Array, "A B"]:
 
 def _in_range(ids: Int[Array, "T K"], rows: Float[Array, "L D"]) -> Int[Array, "T K"]:
     return jnp.clip(ids, 0, rows.shape[0] - 1)
-
-
-def _wide(operand: Array) -> Array:
-    return operand.astype(jnp.float32)
