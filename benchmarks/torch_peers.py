@@ -18,8 +18,10 @@ too, and multiplies in TF32 as JAX does:
 
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from itertools import cycle, islice
 
 import jax
@@ -88,7 +90,8 @@ def sae_lens() -> Callable:
 
 
 def sparsify() -> Callable:
-    from sparsify import SparseCoder, SparseCoderConfig
+    with redirect_stdout(sys.stderr):  # sparsify prints how it will decode; lines here are JSON
+        from sparsify import SparseCoder, SparseCoderConfig
 
     config = SparseCoderConfig(num_latents=FLAGS.latents, k=FLAGS.k)
     coder = SparseCoder(FLAGS.d, config, device=device())
