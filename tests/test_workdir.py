@@ -312,13 +312,15 @@ def test_load_takes_a_step_the_latest_or_the_best(run, step, expected):
     assert sae.reconstruct(params, np.zeros((3, WIDTH), np.float32)).shape == (3, WIDTH)
 
 
-def test_load_names_what_is_not_there(run, tmp_path_factory):
+def test_load_names_what_is_not_there(run, tmp_path_factory, monkeypatch):
     for step in (3, "newest"):
         message = refusal(lambda step=step: scale_sae_jax.load(run, step))
         assert str(step) in message and "2, 4, 5" in message
     empty = tmp_path_factory.mktemp("empty")
     assert "holds no autoencoder" in refusal(lambda: scale_sae_jax.load(empty))
     assert "is no folder" in refusal(lambda: scale_sae_jax.load(empty / "absent"))
+    monkeypatch.chdir(empty)
+    assert refusal(lambda: scale_sae_jax.load("")).startswith(". holds no autoencoder")
     folders.claim(CONFIG, empty)
     assert "no checkpoints" in refusal(lambda: scale_sae_jax.load(empty))
     (empty / "checkpoints").mkdir()

@@ -52,7 +52,7 @@ def _run_folder(path: str | Path) -> Path:
         return folder
     what = "holds no autoencoder" if folder.is_dir() else "is no folder"
     raise UserError(
-        f"{path} {what}: name the --workdir of a run, or a folder of SAELens, sparsify or "
+        f"{folder} {what}: name the --workdir of a run, or a folder of SAELens, sparsify or "
         "dictionary_learning"
     )
 
