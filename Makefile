@@ -15,7 +15,7 @@ test: .venv/test-installed
 	.venv/bin/python -m pytest
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv/bin/python -m pytest -m optimised
 
-.venv/installed: setup.py
+.venv/installed: setup.py pyproject.toml scale_sae_jax/sae/native.cc
 	$(PYTHON) -m venv .venv
 	$(PIP) install --editable .
 	$(PIP) install --no-deps $(OFFLINE_DATA)

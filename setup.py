@@ -1,12 +1,26 @@
-"""Packaging. `pip install .` for the library, `pip install .[test]` to run the tests."""
+"""Packaging. `pip install .` for the library, `pip install .[test]` to run the tests.
+
+CPU kernels are compiled where there is a C++ compiler, with headers of jaxlib (pyproject.toml).
+"""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "scale_sae_jax/__init__.py").read_text())[1]
+
+jaxlib = find_spec("jaxlib")
+kernels = Extension(
+    "scale_sae_jax.sae._native",
+    ["scale_sae_jax/sae/native.cc"],
+    include_dirs=[str(Path(jaxlib.origin).parent / "include")] if jaxlib else [],
+    extra_compile_args=["-O3", "-std=c++17"],
+    language="c++",
+    optional=True,
+)
 
 setup(
     name="scale_sae_jax",
@@ -16,6 +30,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["scale_sae_jax", "scale_sae_jax.*"]),
+    ext_modules=[kernels] if jaxlib else [],
     package_data={"scale_sae_jax.report.dashboard": ["static/*"]},
     install_requires=[
         "absl-py>=2.1",

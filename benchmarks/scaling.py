@@ -147,7 +147,7 @@ def measure(spec: str, devices: Sequence[jax.Device]) -> dict[str, float | int |
     platform = "tpu" if FLAGS.topology else "cpu"
     config = dataclasses.replace(
         preset(FLAGS.preset, **sizes),
-        kernel=FLAGS.kernel or kernels.BEST[platform], auxk=FLAGS.auxk,
+        kernel=FLAGS.kernel or kernels.best(platform), auxk=FLAGS.auxk,
     )
     mesh = make_mesh(spec, config.experts, devices)
     batch, adam = FLAGS.batch * (mesh.size if FLAGS.weak else 1), OptimConfig()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scale_sae_jax.sae import gathered, kernels, triton
+from scale_sae_jax.sae import gathered, kernels, native, triton
 from scale_sae_jax.sae.kernels import KERNELS
 from scale_sae_jax.sae.lookup import lookup
 
@@ -30,6 +30,8 @@ SCATTERS = {
     "in chunks": partial(gathered.scatter, 300),
     "triton": triton.scatter,
 }
+if native.library:
+    SCATTERS["native"] = native.scatter
 SHAPES = {"tokens": st.integers(0, 9), "slots": st.integers(1, 70), "width": st.integers(1, 90)}
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scale_sae_jax.sae import kernels
+from scale_sae_jax.sae import kernels, native
 from scale_sae_jax.sae import tiles as tiling
 from scale_sae_jax.sae.grouped import grouped_dot, grouped_dot_at, grouped_sum, spread
 from scale_sae_jax.sae.groups import group
@@ -111,10 +111,12 @@ def test_any_shape_and_load_equals_dense(kernel, tokens, n_experts, evenness, da
         assert_equal_to_dense(kernel, x, matrices, experts, weight)
 
 
+@pytest.mark.parametrize("scattered_row", (0, 1000))
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
 @pytest.mark.parametrize("name", loads())
-def test_some_products_and_means_have_the_gradient_of_dense_ones(name, kernel):
+def test_some_products_and_means_have_the_gradient_of_dense_ones(name, kernel, scattered_row):
     """Slots may repeat a product, as a dead latent that fires does, and may lie beyond all."""
+    used = kernels.choose(kernel)._replace(scattered_row=scattered_row)
     experts = jnp.asarray(np.sort(loads()[name], 1), jnp.int32)
     keys = jax.random.split(jax.random.key(2), 4)
     x, w = jax.random.normal(keys[0], (T, D)), jax.random.normal(keys[1], (N, D, M))
@@ -123,7 +125,7 @@ def test_some_products_and_means_have_the_gradient_of_dense_ones(name, kernel):
     weight = jax.random.normal(keys[3], (T, 6))
 
     def ours(x, w):
-        groups, used = group(experts, N), kernels.choose(kernel)
+        groups = group(experts, N)
         products = jax.lax.stop_gradient(grouped_dot(x, w, groups, used))
         return jnp.concatenate(grouped_dot_at(x, w, products, places, groups, used), axis=1)
 
@@ -191,7 +193,8 @@ def test_every_pair_lies_in_its_experts_run_and_tiles_cover_all_runs(
 
 
 def test_auto_takes_the_kernel_of_the_platform(monkeypatch):
-    best = dict(cpu="loop", gpu="triton", tpu="ragged", other="tiles")
+    on_cpus = "native" if native.library else "loop"
+    best = dict(cpu=on_cpus, gpu="triton", tpu="ragged", other="tiles")
     for platform, name in best.items():
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
         assert kernels.choose("auto") == kernels.choose(name) == kernels.KERNELS[name]

@@ -261,7 +261,7 @@ CHOICES = {
     "sae.dtype": ("float32", "bfloat16"),
     "optim.param_dtype": ("float32", "bfloat16"),
     "optim.moment_dtype": ("float32", "bfloat16"),
-    "sae.kernel": ("auto", "loop", "triton", "ragged", "tiles"),
+    "sae.kernel": ("auto", "native", "loop", "triton", "ragged", "tiles"),
 }
 
 

@@ -11,10 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
+from scale_sae_jax.sae.gathered import wide
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.joined import joined
 from scale_sae_jax.sae.kernels import Kernel
 from scale_sae_jax.sae.tiles import Rows
+
+NO_ID = -(2**30)  # below 0 also as `joined` has shifted it
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -98,8 +101,8 @@ def grouped_dot_at(
 ) -> tuple[Float[Array, "T K"], Float[Array, "T E"]]:
     """Some of `products` = grouped_dot(x, w, ...), a constant, and their mean in each expert.
 
-    The gradient is that of these alone: what goes back is made dense only then, so that no dense
-    array waits for it.
+    The gradient is that of these alone: no dense array waits for it. Where `Kernel` says that K
+    columns a token are added up sooner than all of them, none is made for w at all.
 
     Args:
       places: in E * B, of the products asked for; 0 is given at E * B and above.
@@ -118,12 +121,42 @@ def _backward_at(kernel, dtype, saved, grads):
     x, w, places, groups = saved
     at_places, means = grads
     size = w.shape[2]
-    dense = spread(at_places, places, means.shape[1] * size).reshape(*means.shape, size)
+    width = means.shape[1] * size
+    dense = spread(at_places, places, width).reshape(*means.shape, size)
     d_x, d_w, _ = _backward(kernel, dtype, (x, w, groups), dense + means[..., None] / size)
-    return d_x, d_w, None, None, None
+    if kernel.scatter_columns and width > kernel.scattered_row * places.shape[1]:
+        d_w = _outer_at(at_places, places, means / size, x, size, groups, kernel, dtype)
+    return d_x, d_w.astype(w.dtype), None, None, None
 
 
 grouped_dot_at.defvjp(_forward_at, _backward_at)
+
+
+def _outer_at(
+    values: Float[Array, "T K"],
+    places: Int[Array, "T K"],
+    everywhere: Float[Array, "T E"],
+    x: Float[Array, "T A"],
+    size: int,
+    groups: Groups,
+    kernel: Kernel,
+    dtype: DTypeLike,
+) -> Float[Array, "N A B"]:
+    """`grouped_outer` of x and of `values` at their places plus `everywhere` at all places."""
+    tokens, active = everywhere.shape
+    experts = groups.experts.at[groups.rows].get(mode="fill", fill_value=NO_ID)
+    experts = experts.reshape(tokens, active)
+    of_place = jnp.take_along_axis(experts, places // size, axis=1, mode="fill", fill_value=NO_ID)
+    ids = jnp.where(of_place == NO_ID, NO_ID, of_place * size + places % size)
+
+    def outer(values, ids, everywhere, experts, x, sizes):
+        start = kernel.scatter(everywhere, experts, x, sizes.size)
+        return kernel.scatter_columns(start, values, ids, x, size)
+
+    n_experts = groups.sizes.size
+    shifts = lambda *_: (0, n_experts * size, 0, n_experts, 0, 0)  # noqa: E731
+    values, everywhere, x = (wide(a.astype(dtype)) for a in (values, everywhere, x))
+    return joined(outer, shifts)(values, ids, everywhere, experts, x, groups.sizes)
 
 
 def spread(

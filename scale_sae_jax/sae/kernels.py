@@ -8,8 +8,10 @@ A kernel is two products over rows in the order of their experts (`Groups`):
 with float32 sums whatever the dtype of the operands. `dot` takes w [N, B, A] where `transposed`,
 and may return void rows after the P-th.
 
-loop    tiles of rows one after the other; only tiles that exist cost anything. Best on CPUs.
+loop    tiles of rows one after the other; only tiles that exist cost anything. For CPUs.
         `outer` takes the first tile of all experts at once, unless half of them are idle.
+native  `loop`, but that gradients of matrices come from the winning latents alone, by kernels of
+        our own (`native.py`). Best on CPUs.
 triton  kernels of our own (`triton.py`). Best on GPUs.
 ragged  `jax.lax.ragged_dot`, and `outer` as in loop. For TPUs. On CPUs, and on GPUs by default, a
         ragged product lowers to work for all experts; on TPUs too where it sums over the runs.
@@ -25,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scale_sae_jax.errors import UserError
-from scale_sae_jax.sae import gathered, triton
+from scale_sae_jax.sae import gathered, native, triton
 from scale_sae_jax.sae.groups import Groups
 from scale_sae_jax.sae.tiles import Rows, cut, tile_rows
 
@@ -35,9 +37,10 @@ class Kernel(NamedTuple):
 
     weighted_sum, row_dots, scatter: sums over decoder rows, see `gathered`. gathered_row,
     scattered_row: gathering a decoder row to multiply by it, or adding to one, takes as long as
-    multiplying by so many of them. shards: devices that the experts of these pairs lie on, so that
-    the run of one is so much shorter than pairs and experts here say. plain: whether all rows are
-    of one expert.
+    multiplying by so many of them. scatter_columns: as `native.scatter_columns`, where adding to a
+    column of an encoder is as cheap. shards: devices that the experts of these pairs lie on, so
+    that the run of one is so much shorter than pairs and experts here say. plain: whether all rows
+    are of one expert.
     """
 
     dot: Callable[[Rows, Array, Groups, bool, int], Array]
@@ -47,6 +50,7 @@ class Kernel(NamedTuple):
     scatter: Callable[[Array, Array, Array, int], Array]
     gathered_row: int
     scattered_row: int
+    scatter_columns: Callable[[Array, Array, Array, Array, int], Array] | None = None
     shards: int = 1
     plain: bool = False
 
@@ -197,6 +201,10 @@ KERNELS = {
         scattered_row=100,
     ),
 }
+if native.library:
+    KERNELS["native"] = KERNELS["loop"]._replace(
+        scatter=native.scatter, scatter_columns=native.scatter_columns, scattered_row=8
+    )
 if triton.backend:
     KERNELS["triton"] = Kernel(
         triton.dot,
@@ -207,22 +215,31 @@ if triton.backend:
         gathered_row=20,
         scattered_row=24,
     )
-BEST = {"cpu": "loop", "gpu": "triton", "tpu": "ragged"}
+BEST = {"cpu": ("native", "loop"), "gpu": ("triton",), "tpu": ("ragged",)}
+MISSING = {
+    "native": "it was not compiled as scale_sae_jax was installed (no C++ compiler?)",
+    "triton": "this JAX has no Pallas for Triton",
+}
+
+
+def best(platform: str) -> str:
+    """The name of the best kernel there is for a platform of JAX."""
+    return next(name for name in (*BEST.get(platform, ()), "tiles") if name in KERNELS)
 
 
 def choose(name: str, shards: int = 1) -> Kernel:
     """The kernel of that name; 'auto' takes the best for the platform that JAX computes on.
 
     That is the one of JAX's default backend: what is to run on the CPUs of a machine with a GPU
-    needs another name. Raises UserError for 'triton', where this JAX has no way to Triton.
+    needs another name. Raises UserError for 'native' on another platform than CPUs, and for it and
+    'triton' where they are missing.
     """
-    if name == "auto":
-        best = BEST.get(jax.default_backend())
-        name = best if best in KERNELS else "tiles"
+    platform = jax.default_backend()
+    name = best(platform) if name == "auto" else name
     if name not in KERNELS:
-        raise UserError(
-            "config.sae.kernel = 'triton', but this JAX has no Pallas for Triton: take 'auto'"
-        )
+        raise UserError(f"config.sae.kernel = {name!r}, but {MISSING[name]}: take 'auto'")
+    if name == "native" and platform != "cpu":
+        raise UserError("config.sae.kernel = 'native', but it is for CPUs: take 'auto'")
     return KERNELS[name]._replace(shards=shards)
 
 

@@ -1,0 +1,226 @@
+// CPU kernels, compiled at installation where there is a C++ compiler: the gradients of matrices
+// from those latents alone that tokens use. `native.py` calls them, through XLA's foreign function
+// interface.
+//
+//   T tokens with K slots each, D columns, L rows; N experts with M latents each
+//
+// Numbers are float32. A row's sum goes through its tokens in their order, on one thread.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using Floats = ffi::Buffer<ffi::F32, 2>;
+using Ids = ffi::Buffer<ffi::S32, 2>;
+using Matrices = ffi::Buffer<ffi::F32, 3>;
+using ffi::ThreadPool;
+
+#define INLINE __attribute__((always_inline))
+// Compiled for several processors; the best for this one is taken as the library is loaded.
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VECTORISED
+#endif
+
+// ---- Columns, many at once ----
+
+typedef float Lane __attribute__((vector_size(64)));
+typedef float InMemory __attribute__((vector_size(64), aligned(4), may_alias));
+
+INLINE inline void load(const float* from, Lane& to) {
+  to = *reinterpret_cast<const InMemory*>(from);
+}
+INLINE inline void load(const float* from, float& to) { to = *from; }
+INLINE inline void store(const Lane& from, float* to) { *reinterpret_cast<InMemory*>(to) = from; }
+INLINE inline void store(float from, float* to) { *to = from; }
+
+// COUNT vectors of columns, whose sums stay in registers.
+template <class V, int COUNT>
+struct Part {
+  using Vector = V;
+  static constexpr int count = COUNT;
+  static constexpr int64_t step = sizeof(V) / sizeof(float);
+  static constexpr int64_t columns = COUNT * step;
+};
+using Wide = Part<Lane, 8>;
+using Narrow = Part<Lane, 1>;
+using One = Part<float, 1>;
+
+// work(part, its first column), for parts that make up all columns.
+template <class Work>
+INLINE inline void over_columns(int64_t columns, const Work& work) {
+  int64_t at = 0;
+  for (; at + Wide::columns <= columns; at += Wide::columns) work(Wide(), at);
+  for (; at + Narrow::columns <= columns; at += Narrow::columns) work(Narrow(), at);
+  for (; at < columns; at++) work(One(), at);
+}
+
+// out = start + sum_i values[i] * row(i), in the columns of a part.
+template <class P, class Row>
+INLINE inline void add_rows(P, const float* start, int64_t terms, const float* values,
+                            const Row& row, float* out) {
+  typename P::Vector total[P::count], columns;
+  for (int j = 0; j < P::count; j++) load(start + j * P::step, total[j]);
+  for (int64_t i = 0; i < terms; i++) {
+    const float* from = row(i);
+    for (int j = 0; j < P::count; j++) {
+      load(from + j * P::step, columns);
+      total[j] += values[i] * columns;
+    }
+  }
+  for (int j = 0; j < P::count; j++) store(total[j], out + j * P::step);
+}
+
+// ---- Threads ----
+
+struct Crew {
+  std::mutex mutex;
+  std::condition_variable idle;
+  int64_t busy = 0;
+  bool closed = false;
+};
+
+// work(begin, end) on parts of [0, count) that are `grain` long, on this thread and those of XLA's
+// pool. It waits for threads at work alone: one that would start now may be waiting for another
+// such call.
+template <class Work>
+void in_parallel(ThreadPool& pool, int64_t count, int64_t grain, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const auto take_parts = [&] {
+    for (int64_t begin; (begin = next.fetch_add(grain)) < count;)
+      work(begin, std::min(begin + grain, count));
+  };
+  const auto crew = std::make_shared<Crew>();
+  const int64_t others = std::min(pool.num_threads(), (count + grain - 1) / grain) - 1;
+  for (int64_t i = 0; i < others; i++)
+    pool.Schedule([crew, &take_parts] {
+      std::unique_lock<std::mutex> lock(crew->mutex);
+      if (crew->closed) return;
+      crew->busy++;
+      lock.unlock();
+      take_parts();
+      lock.lock();
+      if (--crew->busy == 0) crew->idle.notify_one();
+    });
+  take_parts();
+  std::unique_lock<std::mutex> lock(crew->mutex);
+  crew->closed = true;
+  crew->idle.wait(lock, [&] { return crew->busy == 0; });
+}
+
+// ---- Sums over the tokens that use a row ----
+
+// The slots of each row in the order of their tokens: those of row l from start[l] to start[l + 1].
+// An id that is no row's is left out.
+struct Runs {
+  std::vector<int64_t> start;
+  std::vector<int32_t> tokens;
+  std::vector<float> values;
+};
+
+Runs by_row(Floats values, Ids ids, int64_t latents) {
+  const int64_t tokens = ids.dimensions()[0], slots = ids.dimensions()[1];
+  const int32_t* id = ids.typed_data();
+  const auto exists = [&](int64_t i) { return id[i] >= 0 && id[i] < latents; };
+  Runs runs{std::vector<int64_t>(latents + 1), {}, {}};
+  for (int64_t i = 0; i < tokens * slots; i++)
+    if (exists(i)) runs.start[id[i] + 1]++;
+  for (int64_t l = 0; l < latents; l++) runs.start[l + 1] += runs.start[l];
+  runs.tokens.resize(runs.start[latents]);
+  runs.values.resize(runs.start[latents]);
+  std::vector<int64_t> next(runs.start.begin(), runs.start.end() - 1);
+  for (int64_t i = 0; i < tokens * slots; i++)
+    if (exists(i)) {
+      const int64_t place = next[id[i]]++;
+      runs.tokens[place] = i / slots;
+      runs.values[place] = values.typed_data()[i];
+    }
+  return runs;
+}
+
+// start + the sum of values times rows of `grad` over the slots of row l, in the columns of a part.
+template <class P>
+INLINE inline void add_run(P part, const float* start, const Runs& runs, int64_t l,
+                           const float* grad, int64_t width, float* out) {
+  const int64_t first = runs.start[l];
+  const auto row = [&](int64_t i) INLINE { return grad + runs.tokens[first + i] * width; };
+  add_rows(part, start, runs.start[l + 1] - first, runs.values.data() + first, row, out);
+}
+
+VECTORISED void sum_of_row(const Runs& runs, int64_t l, const float* zeros, const float* grad,
+                           int64_t width, float* out) {
+  over_columns(width, [&](auto part, int64_t at)
+                          INLINE { add_run(part, zeros, runs, l, grad + at, width, out + at); });
+}
+
+// values and ids [T, K], grad [T, D] -> [L, D]
+ffi::Error scatter(ThreadPool pool, Floats values, Ids ids, Floats grad, ffi::Result<Floats> out) {
+  const int64_t latents = out->dimensions()[0], width = out->dimensions()[1];
+  const Runs runs = by_row(values, ids, latents);
+  const std::vector<float> zeros(Wide::columns);
+  in_parallel(pool, latents, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t l = begin; l < end; l++)
+      sum_of_row(runs, l, zeros.data(), grad.typed_data(), width, out->typed_data() + l * width);
+  });
+  return ffi::Error::Success();
+}
+
+constexpr int64_t BLOCK =
+    32;  // latents whose sums wait in the cache until they are written as columns
+
+// start [D] -> out [D, M], of whose columns `count` belong to the latents from `first` on.
+VECTORISED void sums_of_columns(const float* start, const Runs& runs, int64_t first, int64_t count,
+                                const float* x, int64_t width, int64_t latents, float* out) {
+  over_columns(width, [&](auto part, int64_t at) INLINE {
+    constexpr int64_t columns = decltype(part)::columns;
+    constexpr int64_t stride =
+        columns + 16;  // by a power of two, all would share a place in the cache
+    alignas(64) float sums[BLOCK * stride];
+    for (int64_t j = 0; j < count; j++)
+      add_run(part, start + at, runs, first + j, x + at, width, sums + j * stride);
+    float* to = out + at * latents;
+    for (int64_t d = 0; d < columns; d++)
+      for (int64_t j = 0; j < count; j++) to[d * latents + j] = sums[j * stride + d];
+  });
+}
+
+// start [N, D], values and ids [T, K], x [T, D] -> [N, D, M]
+ffi::Error scatter_columns(ThreadPool pool, Floats start, Floats values, Ids ids, Floats x,
+                           ffi::Result<Matrices> out) {
+  const int64_t experts = start.dimensions()[0], width = start.dimensions()[1];
+  const int64_t latents = out->dimensions()[2], blocks = (latents + BLOCK - 1) / BLOCK;
+  const Runs runs = by_row(values, ids, experts * latents);
+  in_parallel(pool, experts * blocks, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t n = i / blocks, m = i % blocks * BLOCK;
+      sums_of_columns(start.typed_data() + n * width, runs, n * latents + m,
+                      std::min(BLOCK, latents - m), x.typed_data(), width, latents,
+                      out->typed_data() + n * width * latents + m);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    scale_sae_scatter, scatter,
+    ffi::Ffi::Bind().Ctx<ThreadPool>().Arg<Floats>().Arg<Ids>().Arg<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scale_sae_scatter_columns, scatter_columns,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ids>()
+                                  .Arg<Floats>()
+                                  .Ret<Matrices>());
