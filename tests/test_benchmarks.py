@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scaling import estimated_cycles, group_size
+from scale_sae_jax.sae import kernels
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--d=8", "--latents=64", "--experts=8", "--active=2", "--k=4", "--batch=64")
