@@ -159,8 +159,9 @@ INLINE inline void add_run(P part, const float* start, const Runs& runs, int64_t
 
 VECTORISED void sum_of_row(const Runs& runs, int64_t l, const float* zeros, const float* grad,
                            int64_t width, float* out) {
-  over_columns(width, [&](auto part, int64_t at)
-                          INLINE { add_run(part, zeros, runs, l, grad + at, width, out + at); });
+  over_columns(width, [&](auto part, int64_t at) INLINE {
+    add_run(part, zeros, runs, l, grad + at, width, out + at);
+  });
 }
 
 // values and ids [T, K], grad [T, D] -> [L, D]
@@ -175,16 +176,15 @@ ffi::Error scatter(ThreadPool pool, Floats values, Ids ids, Floats grad, ffi::Re
   return ffi::Error::Success();
 }
 
-constexpr int64_t BLOCK =
-    32;  // latents whose sums wait in the cache until they are written as columns
+// Latents whose sums wait in the cache until they are written as columns.
+constexpr int64_t BLOCK = 32;
 
 // start [D] -> out [D, M], of whose columns `count` belong to the latents from `first` on.
 VECTORISED void sums_of_columns(const float* start, const Runs& runs, int64_t first, int64_t count,
                                 const float* x, int64_t width, int64_t latents, float* out) {
   over_columns(width, [&](auto part, int64_t at) INLINE {
     constexpr int64_t columns = decltype(part)::columns;
-    constexpr int64_t stride =
-        columns + 16;  // by a power of two, all would share a place in the cache
+    constexpr int64_t stride = columns + 16;  // powers of two would share a place in the cache
     alignas(64) float sums[BLOCK * stride];
     for (int64_t j = 0; j < count; j++)
       add_run(part, start + at, runs, first + j, x + at, width, sums + j * stride);
