@@ -16,6 +16,7 @@ from scale_sae_jax.sae import kernels, native
 compiled = pytest.mark.skipif(not native.library, reason="no C++ compiler at installation")
 scatter_columns = jax.jit(native.scatter_columns, static_argnums=4)
 scatter = jax.jit(native.scatter, static_argnums=3)
+sum_and_dots = jax.jit(native.sum_and_dots)
 
 
 def setting(tokens, slots, width, experts, size, seed=0):
@@ -55,6 +56,25 @@ def test_columns_and_rows_of_any_size(tokens, slots, width, experts, size):
     np.testing.assert_allclose(ours.swapaxes(1, 2), columns, rtol=1e-5, atol=1e-4)
     ours = scatter(values, ids, x, experts * size)
     np.testing.assert_allclose(ours, rows, rtol=1e-5, atol=1e-4)
+
+
+@compiled
+@settings(deadline=None, max_examples=40)
+@given(
+    tokens=st.integers(0, 40),
+    slots=st.integers(1, 40),
+    width=st.sampled_from((1, 15, 16, 17, 63, 64, 127, 128, 150, 300)),
+)
+def test_a_sum_and_its_dots_with_the_same_rows(tokens, slots, width):
+    """Ids beyond the rows are those of the last, and below of the first."""
+    _, values, ids, start = setting(tokens, slots, width, experts=3, size=3)
+    rows = np.random.default_rng(1).standard_normal((9, width)).astype(np.float32)
+    gathered = rows[np.clip(ids, 0, 8)].astype(float)
+    total = start + np.einsum("tk,tkd->td", values, gathered)
+    ours = sum_and_dots(start, values, ids, rows)
+    np.testing.assert_allclose(ours[0], total, rtol=1e-5, atol=1e-4)
+    dots = np.einsum("td,tkd->tk", total, gathered)
+    np.testing.assert_allclose(ours[1], dots, rtol=1e-4, atol=1e-5 * width * slots)
 
 
 @compiled

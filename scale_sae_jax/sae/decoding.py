@@ -109,9 +109,8 @@ def _error_forward(values, ids, places, w_dec, b_dec, target, groups, kernel, dt
     """
 
     def in_order(values, ids, order, target, rows):
-        minus, ids, rounded = -values[order].astype(dtype), ids[order], rows.astype(dtype)
-        residual = kernel.weighted_sum(target[order], minus, ids, rounded)
-        return residual, kernel.row_dots(residual.astype(dtype), ids, rounded)
+        minus = -values[order].astype(dtype)
+        return kernel.sum_and_dots(target[order], minus, ids[order], rows.astype(dtype))
 
     tokens, rows = values.shape[0], _flat(w_dec)
     order = groups.rows.reshape(tokens, -1)[:, 0].argsort()

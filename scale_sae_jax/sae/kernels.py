@@ -11,7 +11,8 @@ and may return void rows after the P-th.
 loop    tiles of rows one after the other; only tiles that exist cost anything. For CPUs.
         `outer` takes the first tile of all experts at once, unless half of them are idle.
 native  `loop`, but that gradients of matrices come from the winning latents alone, by kernels of
-        our own (`native.py`). Best on CPUs.
+        our own (`native.py`), and that rows are gathered once for decoding and the gradient of
+        its values. Best on CPUs.
 triton  kernels of our own (`triton.py`). Best on GPUs.
 ragged  `jax.lax.ragged_dot`, and `outer` as in loop. For TPUs. On CPUs, and on GPUs by default, a
         ragged product lowers to work for all experts; on TPUs too where it sums over the runs.
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from scale_sae_jax.errors import UserError
 from scale_sae_jax.sae import gathered, native, triton
@@ -38,7 +39,8 @@ class Kernel(NamedTuple):
     weighted_sum, row_dots, scatter: sums over decoder rows, see `gathered`. gathered_row,
     scattered_row: gathering a decoder row to multiply by it, or adding to one, takes as long as
     multiplying by so many of them. scatter_columns: as `native.scatter_columns`, where adding to a
-    column of an encoder is as cheap. shards: devices that the experts of these pairs lie on, so
+    column of an encoder is as cheap. fused: `sum_and_dots` in float32, where one call does both.
+    shards: devices that the experts of these pairs lie on, so
     that the run of one is so much shorter than pairs and experts here say. plain: whether all rows
     are of one expert.
     """
@@ -51,8 +53,22 @@ class Kernel(NamedTuple):
     gathered_row: int
     scattered_row: int
     scatter_columns: Callable[[Array, Array, Array, Array, int], Array] | None = None
+    fused: Callable[[Array, Array, Array, Array], tuple[Array, Array]] | None = None
     shards: int = 1
     plain: bool = False
+
+    def sum_and_dots(
+        self,
+        start: Float[Array, "T D"],
+        values: Float[Array, "T K"],
+        ids: Int[Array, "T K"],
+        rows: Float[Array, "L D"],
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T K"]]:
+        """The weighted sum, and its `row_dots` with the same rows."""
+        if self.fused and rows.dtype == jnp.float32:
+            return self.fused(start, values, ids, rows)
+        total = self.weighted_sum(start, values, ids, rows)
+        return total, self.row_dots(total.astype(rows.dtype), ids, rows)
 
 
 def _product(rows: Array, w: Array, transposed: bool) -> Array:
@@ -203,7 +219,10 @@ KERNELS = {
 }
 if native.library:
     KERNELS["native"] = KERNELS["loop"]._replace(
-        scatter=native.scatter, scatter_columns=native.scatter_columns, scattered_row=8
+        scatter=native.scatter,
+        scatter_columns=native.scatter_columns,
+        fused=native.sum_and_dots,
+        scattered_row=8,
     )
 if triton.backend:
     KERNELS["triton"] = Kernel(

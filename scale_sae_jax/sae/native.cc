@@ -1,10 +1,10 @@
-// CPU kernels, compiled at installation where there is a C++ compiler: the gradients of matrices
-// from those latents alone that tokens use. `native.py` calls them, through XLA's foreign function
-// interface.
+// CPU kernels, compiled at installation where there is a C++ compiler: decoding, and the gradients of
+// matrices from those latents alone that tokens use. `native.py` calls them, through XLA's foreign
+// function interface.
 //
 //   T tokens with K slots each, D columns, L rows; N experts with M latents each
 //
-// Numbers are float32. A row's sum goes through its tokens in their order, on one thread.
+// Numbers are float32. Each sum is made on one thread, in one order.
 
 #include <algorithm>
 #include <atomic>
@@ -81,6 +81,22 @@ INLINE inline void add_rows(P, const float* start, int64_t terms, const float* v
   for (int j = 0; j < P::count; j++) store(total[j], out + j * P::step);
 }
 
+INLINE inline float dot(const float* a, const float* b, int64_t columns) {
+  Lane total[4] = {}, left, right;
+  int64_t at = 0;
+  for (; at + 4 * Narrow::columns <= columns; at += 4 * Narrow::columns)
+    for (int j = 0; j < 4; j++) {
+      load(a + at + j * Narrow::columns, left);
+      load(b + at + j * Narrow::columns, right);
+      total[j] += left * right;
+    }
+  const Lane all = (total[0] + total[1]) + (total[2] + total[3]);
+  float sum = 0;
+  for (int j = 0; j < Narrow::columns; j++) sum += all[j];
+  for (; at < columns; at++) sum += a[at] * b[at];
+  return sum;
+}
+
 // ---- Threads ----
 
 struct Crew {
@@ -116,6 +132,35 @@ void in_parallel(ThreadPool& pool, int64_t count, int64_t grain, const Work& wor
   std::unique_lock<std::mutex> lock(crew->mutex);
   crew->closed = true;
   crew->idle.wait(lock, [&] { return crew->busy == 0; });
+}
+
+// ---- Sums over the rows that a token uses; an id beyond them is that of the last ----
+
+VECTORISED void sum_and_dots_of_token(const float* start, const float* values, const int32_t* ids,
+                                      int64_t slots, const float* rows, int64_t latents,
+                                      int64_t width, float* sum, float* dots) {
+  const auto row = [&](int64_t k) INLINE {
+    return rows + std::clamp<int64_t>(ids[k], 0, latents - 1) * width;
+  };
+  over_columns(width, [&](auto part, int64_t at) INLINE {
+    const auto row_at = [&](int64_t k) INLINE { return row(k) + at; };
+    add_rows(part, start + at, slots, values, row_at, sum + at);
+  });
+  for (int64_t k = 0; k < slots; k++) dots[k] = dot(sum, row(k), width);
+}
+
+// start [T, D], values and ids [T, K], rows [L, D] -> sum [T, D], dots [T, K]
+ffi::Error sum_and_dots(ThreadPool pool, Floats start, Floats values, Ids ids, Floats rows,
+                        ffi::Result<Floats> sum, ffi::Result<Floats> dots) {
+  const int64_t tokens = ids.dimensions()[0], slots = ids.dimensions()[1];
+  const int64_t latents = rows.dimensions()[0], width = rows.dimensions()[1];
+  in_parallel(pool, tokens, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      sum_and_dots_of_token(start.typed_data() + t * width, values.typed_data() + t * slots,
+                            ids.typed_data() + t * slots, slots, rows.typed_data(), latents, width,
+                            sum->typed_data() + t * width, dots->typed_data() + t * slots);
+  });
+  return ffi::Error::Success();
 }
 
 // ---- Sums over the tokens that use a row ----
@@ -213,6 +258,15 @@ ffi::Error scatter_columns(ThreadPool pool, Floats start, Floats values, Ids ids
 
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scale_sae_sum_and_dots, sum_and_dots,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ids>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     scale_sae_scatter, scatter,
     ffi::Ffi::Bind().Ctx<ThreadPool>().Arg<Floats>().Arg<Ids>().Arg<Floats>().Ret<Floats>());

@@ -1,4 +1,8 @@
-"""CPU kernels of our own (`native.cc`): the gradients of matrices, from winning latents alone.
+"""CPU kernels of our own (`native.cc`), for decoding and for the gradients of matrices.
+
+    sum_and_dots      `Kernel.sum_and_dots`: a token's rows are still in the cache for the second
+    scatter           the sum of `gathered.py`
+    scatter_columns   the same, into the columns of experts' encoders
 
 Few of its experts' latents win a token, but XLA's scatters for CPUs add one number after the other,
 so that products with dense codes of all of them are faster. These kernels sort the slots by latent,
@@ -9,6 +13,7 @@ this name, and CPUs take `loop`.
 """
 
 import ctypes
+from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -26,7 +31,7 @@ def _load() -> ctypes.CDLL | None:
     if found is None:
         return None
     library = ctypes.CDLL(str(found))
-    for name in ("scale_sae_scatter", "scale_sae_scatter_columns"):
+    for name in ("scale_sae_sum_and_dots", "scale_sae_scatter", "scale_sae_scatter_columns"):
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return library
@@ -35,11 +40,24 @@ def _load() -> ctypes.CDLL | None:
 library = _load()
 
 
+def sum_and_dots(
+    start: Float[Array, "T D"],
+    values: Float[Array, "T K"],
+    ids: Int[Array, "T K"],
+    rows: Float[Array, "L D"],
+) -> tuple[Float[Array, "T D"], Float[Array, "T K"]]:
+    """start_t + sum_k values[t, k] * rows[ids[t, k]], and the dot products of that with each row."""
+    shapes = [start.shape, ids.shape]
+    total, dots = _call("scale_sae_sum_and_dots", shapes, start, values, ids, rows)
+    return total, dots
+
+
 def scatter(
     values: Float[Array, "T K"], ids: Int[Array, "T K"], grad: Float[Array, "T D"], latents: int
 ) -> Float[Array, "L D"]:
     """Sum over t and k with ids[t, k] = l of values[t, k] * grad[t]; other ids are left out."""
-    return _call("scale_sae_scatter", (latents, grad.shape[1]), values, ids, grad)
+    (rows,) = _call("scale_sae_scatter", [(latents, grad.shape[1])], values, ids, grad)
+    return rows
 
 
 def scatter_columns(
@@ -50,12 +68,13 @@ def scatter_columns(
     size: int,
 ) -> Float[Array, "N D M"]:
     """start_i in all M = size columns, plus, in that of latent i * M + m, its row of `scatter`."""
-    return _call("scale_sae_scatter_columns", (*start.shape, size), start, values, ids, x)
+    shapes = [(*start.shape, size)]
+    (columns,) = _call("scale_sae_scatter_columns", shapes, start, values, ids, x)
+    return columns
 
 
-def _call(name: str, shape: tuple[int, ...], *arrays: Array) -> Array:
-    call = jax.ffi.ffi_call(
-        name, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential"
-    )
+def _call(name: str, shapes: Sequence[tuple[int, ...]], *arrays: Array) -> list[Array]:
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     integers = [jnp.issubdtype(array.dtype, jnp.integer) for array in arrays]
-    return call(*[a.astype(jnp.int32) if i else wide(a) for a, i in zip(arrays, integers)])
+    operands = [a.astype(jnp.int32) if i else wide(a) for a, i in zip(arrays, integers)]
+    return jax.ffi.ffi_call(name, results, vmap_method="sequential")(*operands)
