@@ -46,7 +46,7 @@ def sum_and_dots(
     ids: Int[Array, "T K"],
     rows: Float[Array, "L D"],
 ) -> tuple[Float[Array, "T D"], Float[Array, "T K"]]:
-    """start_t + sum_k values[t, k] * rows[ids[t, k]], and the dot products of that with the rows."""
+    """start_t + sum_k values[t, k] * rows[ids[t, k]], and its dot product with each row."""
     shapes = [start.shape, ids.shape]
     total, dots = _call("scale_sae_sum_and_dots", shapes, start, values, ids, rows)
     return total, dots
