@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
 
 import jax
 import numpy as np
@@ -118,6 +119,13 @@ def test_under_vmap():
     for at, each in enumerate(zip(*several)):
         expected = by_numpy(*each, 3)[0]
         np.testing.assert_allclose(ours[at].swapaxes(1, 2), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("content", (None, b"no library"))
+def test_what_cannot_be_loaded_is_not_there(content, tmp_path):
+    if content:
+        (tmp_path / ("_native" + EXTENSION_SUFFIXES[0])).write_bytes(content)
+    assert native._load(tmp_path) is None
 
 
 def test_without_a_compiler_cpus_take_the_loop(monkeypatch):

@@ -236,7 +236,7 @@ if triton.backend:
     )
 BEST = {"cpu": ("native", "loop"), "gpu": ("triton",), "tpu": ("ragged",)}
 MISSING = {
-    "native": "it was not compiled as scale_sae_jax was installed (no C++ compiler?)",
+    "native": "it was not compiled as this scale_sae_jax was installed (no C++ compiler?)",
     "triton": "this JAX has no Pallas for Triton",
 }
 

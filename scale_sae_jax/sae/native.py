@@ -8,8 +8,9 @@ Few of its experts' latents win a token, but XLA's scatters for CPUs add one num
 so that products with dense codes of all of them are faster. These kernels sort the slots by latent,
 and write each row, or each column of an encoder, once.
 
-They are compiled at installation. Without a C++ compiler `library` is None, there is no kernel of
-this name, and CPUs take `loop`.
+They are compiled at installation. Without a C++ compiler, or where what was compiled is for another
+machine or of another version, `library` is None: there is no kernel of this name, and CPUs take
+`loop`.
 """
 
 import ctypes
@@ -23,21 +24,26 @@ from jaxtyping import Array, Float, Int
 
 from scale_sae_jax.sae.gathered import wide
 
+HANDLERS = ("scale_sae_sum_and_dots", "scale_sae_scatter", "scale_sae_scatter_columns")
 
-def _load() -> ctypes.CDLL | None:
+
+def _load(folder: Path) -> ctypes.CDLL | None:
     """The library, whose functions XLA knows from then on."""
-    paths = [Path(__file__).with_name("_native" + suffix) for suffix in EXTENSION_SUFFIXES]
+    paths = [folder / ("_native" + suffix) for suffix in EXTENSION_SUFFIXES]
     found = next((path for path in paths if path.exists()), None)
     if found is None:
         return None
-    library = ctypes.CDLL(str(found))
-    for name in ("scale_sae_sum_and_dots", "scale_sae_scatter", "scale_sae_scatter_columns"):
-        handler = jax.ffi.pycapsule(getattr(library, name))
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    try:
+        library = ctypes.CDLL(str(found))
+        handlers = {name: getattr(library, name) for name in HANDLERS}
+    except (OSError, AttributeError):
+        return None
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     return library
 
 
-library = _load()
+library = _load(Path(__file__).parent)
 
 
 def sum_and_dots(
