@@ -38,11 +38,10 @@ class Kernel(NamedTuple):
 
     weighted_sum, row_dots, scatter: sums over decoder rows, see `gathered`. gathered_row,
     scattered_row: gathering a decoder row to multiply by it, or adding to one, takes as long as
-    multiplying by so many of them. scatter_columns: as `native.scatter_columns`, where adding to a
-    column of an encoder is as cheap. fused: `sum_and_dots` in float32, where one call does both.
-    shards: devices that the experts of these pairs lie on, so
-    that the run of one is so much shorter than pairs and experts here say. plain: whether all rows
-    are of one expert.
+    multiplying by so many of them. scatter_columns: as in `native`, where adding to a column of an
+    encoder is as cheap. fused: `sum_and_dots` in float32, where one call does both. shards: devices
+    that the experts of these pairs lie on, so that the run of one is so much shorter than pairs and
+    experts here say. plain: whether all rows are of one expert.
     """
 
     dot: Callable[[Rows, Array, Groups, bool, int], Array]
