@@ -1,6 +1,6 @@
-// CPU kernels, compiled at installation where there is a C++ compiler: decoding, and the gradients of
-// matrices from those latents alone that tokens use. `native.py` calls them, through XLA's foreign
-// function interface.
+// CPU kernels, compiled at installation where there is a C++ compiler: decoding, and the gradients
+// of matrices from those latents alone that tokens use. `native.py` calls them, through XLA's
+// foreign function interface.
 //
 //   T tokens with K slots each, D columns, L rows; N experts with M latents each
 //
@@ -13,6 +13,10 @@
 #include <memory>
 #include <mutex>
 #include <vector>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -97,6 +101,32 @@ INLINE inline float dot(const float* a, const float* b, int64_t columns) {
   return sum;
 }
 
+// ---- Memory ----
+
+bool exceeds_cache(size_t floats) { return floats >= size_t{8} << 20; }
+
+// Past the cache no line is read before it is written.
+INLINE inline void write(const float* from, int64_t count, bool past_cache, float* to) {
+#if defined(__SSE__)
+  if (past_cache && (reinterpret_cast<uintptr_t>(to) | count * sizeof(float)) % 16 == 0) {
+    for (int64_t i = 0; i < count; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
+    return;
+  }
+#endif
+  std::copy_n(from, count, to);
+}
+
+// What this thread wrote past the cache comes before all it writes from now on.
+inline void finish_writing() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+
+INLINE inline void prefetch(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += Narrow::columns) __builtin_prefetch(from + i, 0, 2);
+}
+
 // ---- Threads ----
 
 struct Crew {
@@ -115,6 +145,7 @@ void in_parallel(ThreadPool& pool, int64_t count, int64_t grain, const Work& wor
   const auto take_parts = [&] {
     for (int64_t begin; (begin = next.fetch_add(grain)) < count;)
       work(begin, std::min(begin + grain, count));
+    finish_writing();
   };
   const auto crew = std::make_shared<Crew>();
   const int64_t others = std::min(pool.num_threads(), (count + grain - 1) / grain) - 1;
@@ -136,17 +167,22 @@ void in_parallel(ThreadPool& pool, int64_t count, int64_t grain, const Work& wor
 
 // ---- Sums over the rows that a token uses; an id beyond them is that of the last ----
 
+// Rows of the ids `ahead`, if given, are on their way into the cache when it returns.
 VECTORISED void sum_and_dots_of_token(const float* start, const float* values, const int32_t* ids,
-                                      int64_t slots, const float* rows, int64_t latents,
-                                      int64_t width, float* sum, float* dots) {
-  const auto row = [&](int64_t k) INLINE {
-    return rows + std::clamp<int64_t>(ids[k], 0, latents - 1) * width;
+                                      const int32_t* ahead, int64_t slots, const float* rows,
+                                      int64_t latents, int64_t width, float* sum, float* dots) {
+  const auto row_of = [&](const int32_t* id) INLINE {
+    return rows + std::clamp<int64_t>(*id, 0, latents - 1) * width;
   };
+  const auto row = [&](int64_t k) INLINE { return row_of(ids + k); };
   over_columns(width, [&](auto part, int64_t at) INLINE {
     const auto row_at = [&](int64_t k) INLINE { return row(k) + at; };
     add_rows(part, start + at, slots, values, row_at, sum + at);
   });
-  for (int64_t k = 0; k < slots; k++) dots[k] = dot(sum, row(k), width);
+  for (int64_t k = 0; k < slots; k++) {
+    if (ahead) prefetch(row_of(ahead + k), width);
+    dots[k] = dot(sum, row(k), width);
+  }
 }
 
 // start [T, D], values and ids [T, K], rows [L, D] -> sum [T, D], dots [T, K]
@@ -154,11 +190,15 @@ ffi::Error sum_and_dots(ThreadPool pool, Floats start, Floats values, Ids ids, F
                         ffi::Result<Floats> sum, ffi::Result<Floats> dots) {
   const int64_t tokens = ids.dimensions()[0], slots = ids.dimensions()[1];
   const int64_t latents = rows.dimensions()[0], width = rows.dimensions()[1];
+  const bool far = exceeds_cache(rows.element_count());
   in_parallel(pool, tokens, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++)
-      sum_and_dots_of_token(start.typed_data() + t * width, values.typed_data() + t * slots,
-                            ids.typed_data() + t * slots, slots, rows.typed_data(), latents, width,
+    for (int64_t t = begin; t < end; t++) {
+      const int32_t* now = ids.typed_data() + t * slots;
+      const int32_t* ahead = far && t + 1 < end ? now + slots : nullptr;
+      sum_and_dots_of_token(start.typed_data() + t * width, values.typed_data() + t * slots, now,
+                            ahead, slots, rows.typed_data(), latents, width,
                             sum->typed_data() + t * width, dots->typed_data() + t * slots);
+    }
   });
   return ffi::Error::Success();
 }
@@ -203,9 +243,12 @@ INLINE inline void add_run(P part, const float* start, const Runs& runs, int64_t
 }
 
 VECTORISED void sum_of_row(const Runs& runs, int64_t l, const float* zeros, const float* grad,
-                           int64_t width, float* out) {
+                           int64_t width, bool past_cache, float* out) {
   over_columns(width, [&](auto part, int64_t at) INLINE {
-    add_run(part, zeros, runs, l, grad + at, width, out + at);
+    constexpr int64_t columns = decltype(part)::columns;
+    alignas(64) float sum[columns];
+    add_run(part, zeros, runs, l, grad + at, width, sum);
+    write(sum, columns, past_cache, out + at);
   });
 }
 
@@ -214,9 +257,11 @@ ffi::Error scatter(ThreadPool pool, Floats values, Ids ids, Floats grad, ffi::Re
   const int64_t latents = out->dimensions()[0], width = out->dimensions()[1];
   const Runs runs = by_row(values, ids, latents);
   const std::vector<float> zeros(Wide::columns);
+  const bool past_cache = exceeds_cache(out->element_count());
   in_parallel(pool, latents, 64, [&](int64_t begin, int64_t end) {
     for (int64_t l = begin; l < end; l++)
-      sum_of_row(runs, l, zeros.data(), grad.typed_data(), width, out->typed_data() + l * width);
+      sum_of_row(runs, l, zeros.data(), grad.typed_data(), width, past_cache,
+                 out->typed_data() + l * width);
   });
   return ffi::Error::Success();
 }
@@ -226,16 +271,19 @@ constexpr int64_t BLOCK = 32;
 
 // start [D] -> out [D, M], of whose columns `count` belong to the latents from `first` on.
 VECTORISED void sums_of_columns(const float* start, const Runs& runs, int64_t first, int64_t count,
-                                const float* x, int64_t width, int64_t latents, float* out) {
+                                const float* x, int64_t width, int64_t latents, bool past_cache,
+                                float* out) {
   over_columns(width, [&](auto part, int64_t at) INLINE {
     constexpr int64_t columns = decltype(part)::columns;
     constexpr int64_t stride = columns + 16;  // powers of two would share a place in the cache
-    alignas(64) float sums[BLOCK * stride];
+    alignas(64) float sums[BLOCK * stride], line[BLOCK];
     for (int64_t j = 0; j < count; j++)
       add_run(part, start + at, runs, first + j, x + at, width, sums + j * stride);
     float* to = out + at * latents;
-    for (int64_t d = 0; d < columns; d++)
-      for (int64_t j = 0; j < count; j++) to[d * latents + j] = sums[j * stride + d];
+    for (int64_t d = 0; d < columns; d++) {
+      for (int64_t j = 0; j < count; j++) line[j] = sums[j * stride + d];
+      write(line, count, past_cache, to + d * latents);
+    }
   });
 }
 
@@ -245,11 +293,12 @@ ffi::Error scatter_columns(ThreadPool pool, Floats start, Floats values, Ids ids
   const int64_t experts = start.dimensions()[0], width = start.dimensions()[1];
   const int64_t latents = out->dimensions()[2], blocks = (latents + BLOCK - 1) / BLOCK;
   const Runs runs = by_row(values, ids, experts * latents);
+  const bool past_cache = exceeds_cache(out->element_count());
   in_parallel(pool, experts * blocks, 2, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t n = i / blocks, m = i % blocks * BLOCK;
       sums_of_columns(start.typed_data() + n * width, runs, n * latents + m,
-                      std::min(BLOCK, latents - m), x.typed_data(), width, latents,
+                      std::min(BLOCK, latents - m), x.typed_data(), width, latents, past_cache,
                       out->typed_data() + n * width * latents + m);
     }
   });
