@@ -15,15 +15,13 @@ test: .venv/test-installed
 	.venv/bin/python -m pytest
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv/bin/python -m pytest -m optimised
 
-.venv/installed: setup.py pyproject.toml scale_sae_jax/sae/native.cc
+.venv/installed: PACKAGE = .
+.venv/test-installed: PACKAGE = .[test,plot]
+.venv/installed .venv/test-installed: setup.py pyproject.toml scale_sae_jax/sae/native.cc
 	$(PYTHON) -m venv .venv
-	$(PIP) install --editable .
+	$(PIP) install --editable $(PACKAGE)
 	$(PIP) install --no-deps $(OFFLINE_DATA)
-	touch $@
-
-.venv/test-installed: .venv/installed
-	$(PIP) install --editable .[test,plot]
-	touch $@
+	touch .venv/installed $@
 
 clean:
 	rm -rf .venv build *.egg-info

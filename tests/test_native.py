@@ -40,6 +40,16 @@ def by_numpy(start, values, ids, x, size):
     return start[:, None] + rows.reshape(len(start), size, -1), rows
 
 
+def assert_sums_and_dots(start, values, ids, rows):
+    """Ids beyond the rows are those of the last, and below of the first."""
+    gathered = rows[np.clip(ids, 0, len(rows) - 1)].astype(float)
+    total = start + np.einsum("tk,tkd->td", values, gathered)
+    ours = sum_and_dots(start, values, ids, rows)
+    np.testing.assert_allclose(ours[0], total, rtol=1e-5, atol=1e-4)
+    dots = np.einsum("td,tkd->tk", total, gathered)
+    np.testing.assert_allclose(ours[1], dots, rtol=1e-4, atol=1e-5 * ids.shape[1] * rows.shape[1])
+
+
 @compiled
 @settings(deadline=None, max_examples=40)
 @given(
@@ -67,15 +77,24 @@ def test_columns_and_rows_of_any_size(tokens, slots, width, experts, size):
     width=st.sampled_from((1, 15, 16, 17, 63, 64, 127, 128, 150, 300)),
 )
 def test_a_sum_and_its_dots_with_the_same_rows(tokens, slots, width):
-    """Ids beyond the rows are those of the last, and below of the first."""
     _, values, ids, start = setting(tokens, slots, width, experts=3, size=3)
     rows = np.random.default_rng(1).standard_normal((9, width)).astype(np.float32)
-    gathered = rows[np.clip(ids, 0, 8)].astype(float)
-    total = start + np.einsum("tk,tkd->td", values, gathered)
-    ours = sum_and_dots(start, values, ids, rows)
-    np.testing.assert_allclose(ours[0], total, rtol=1e-5, atol=1e-4)
-    dots = np.einsum("td,tkd->tk", total, gathered)
-    np.testing.assert_allclose(ours[1], dots, rtol=1e-4, atol=1e-5 * width * slots)
+    assert_sums_and_dots(start, values, ids, rows)
+
+
+@compiled
+@pytest.mark.parametrize("size, width", ((384, 768), (390, 772), (391, 701)))
+def test_larger_than_caches(size, width):
+    """Results that are written past the cache, if their rows are whole vectors of 4; else not."""
+    experts = 31
+    start, values, ids, x = setting(60, 5, width, experts, size)
+    assert experts * size * width >= 8 << 20  # as in native.cc
+    columns, rows = by_numpy(start, values, ids, x, size)
+    ours = scatter_columns(start, values, ids, x, size)
+    np.testing.assert_allclose(ours.swapaxes(1, 2), columns, rtol=1e-5, atol=1e-4)
+    ours = scatter(values, ids, x, experts * size)
+    np.testing.assert_allclose(ours, rows, rtol=1e-5, atol=1e-4)
+    assert_sums_and_dots(x, values, ids, columns.astype(np.float32).reshape(-1, width))
 
 
 @compiled

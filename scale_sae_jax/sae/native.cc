@@ -106,7 +106,8 @@ INLINE inline float dot(const float* a, const float* b, int64_t columns) {
 bool exceeds_cache(size_t floats) { return floats >= size_t{8} << 20; }
 
 // Past the cache no line is read before it is written.
-INLINE inline void write(const float* from, int64_t count, bool past_cache, float* to) {
+INLINE inline void write(const float* from, int64_t count, [[maybe_unused]] bool past_cache,
+                         float* to) {
 #if defined(__SSE__)
   if (past_cache && (reinterpret_cast<uintptr_t>(to) | count * sizeof(float)) % 16 == 0) {
     for (int64_t i = 0; i < count; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
