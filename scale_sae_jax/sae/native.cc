@@ -103,9 +103,10 @@ INLINE inline float dot(const float* a, const float* b, int64_t columns) {
 
 // ---- Memory ----
 
+// Whether so many are more than a last-level cache holds, for most processors.
 bool exceeds_cache(size_t floats) { return floats >= size_t{8} << 20; }
 
-// Past the cache no line is read before it is written.
+// What goes through the cache is read there before it is written; what goes past it is not.
 INLINE inline void write(const float* from, int64_t count, [[maybe_unused]] bool past_cache,
                          float* to) {
 #if defined(__SSE__)
