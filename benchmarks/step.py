@@ -85,7 +85,7 @@ def median_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def looped_seconds(
-    function: Callable[..., Any], results: Any, inputs: Any, repeats: int, *constants: Any
+    function: Callable[..., Any], results: Any, inputs: Array, repeats: int, *constants: Any
 ) -> float:
     """Seconds of results = function(results, inputs[i], *constants), for all i in one call.
 

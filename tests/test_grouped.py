@@ -58,8 +58,7 @@ def assert_equal_to_dense(kernel, x, w, experts, weight, dtype=jnp.float32, tole
     (value, grads), (expected, expected_grads) = both(x, w)
     for ours, theirs in zip((value, *grads), (expected, *expected_grads), strict=True):
         assert ours.dtype == jnp.float32
-        size = max(1, np.abs(theirs).max())  # a sum of terms around 1 may come to less
-        np.testing.assert_allclose(ours, theirs, atol=tolerance * size, rtol=0)
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(), rtol=0)
     return grads
 
 
@@ -100,14 +99,15 @@ def test_sizes_of_more_than_a_block_equal_dense(per_expert, kernel):
     data=st.data(),
 )
 def test_any_shape_and_load_equals_dense(kernel, tokens, n_experts, evenness, data):
+    """Numbers are positive: where all sums cancel, rounding is more than 1e-5 of the largest."""
     active = data.draw(st.integers(1, n_experts))
     a, b = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
     rng = np.random.default_rng(data.draw(st.integers(0, 100)))
     experts = jnp.asarray(random_experts(rng, tokens, n_experts, active, evenness))
-    w = rng.standard_normal((n_experts, a, b))
+    w = rng.uniform(0.1, 2, (n_experts, a, b))
     for by_expert in (False, True):
-        x = rng.standard_normal((tokens, active, a) if by_expert else (tokens, a))
-        weight = rng.standard_normal((tokens, b) if by_expert else (tokens, active, b))
+        x = rng.uniform(0.1, 2, (tokens, active, a) if by_expert else (tokens, a))
+        weight = rng.uniform(0.1, 2, (tokens, b) if by_expert else (tokens, active, b))
         x, weight, matrices = (jnp.asarray(a, jnp.float32) for a in (x, weight, w))
         assert_equal_to_dense(kernel, x, matrices, experts, weight)
 

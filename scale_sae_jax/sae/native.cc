@@ -173,17 +173,16 @@ void in_parallel(ThreadPool& pool, int64_t count, int64_t grain, const Work& wor
 VECTORISED void sum_and_dots_of_token(const float* start, const float* values, const int32_t* ids,
                                       const int32_t* ahead, int64_t slots, const float* rows,
                                       int64_t latents, int64_t width, float* sum, float* dots) {
-  const auto row_of = [&](const int32_t* id) INLINE {
+  const auto row = [&](const int32_t* id) INLINE {
     return rows + std::clamp<int64_t>(*id, 0, latents - 1) * width;
   };
-  const auto row = [&](int64_t k) INLINE { return row_of(ids + k); };
   over_columns(width, [&](auto part, int64_t at) INLINE {
-    const auto row_at = [&](int64_t k) INLINE { return row(k) + at; };
+    const auto row_at = [&](int64_t k) INLINE { return row(ids + k) + at; };
     add_rows(part, start + at, slots, values, row_at, sum + at);
   });
   for (int64_t k = 0; k < slots; k++) {
-    if (ahead) prefetch(row_of(ahead + k), width);
-    dots[k] = dot(sum, row(k), width);
+    if (ahead) prefetch(row(ahead + k), width);
+    dots[k] = dot(sum, row(ids + k), width);
   }
 }
 
