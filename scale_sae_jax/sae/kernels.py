@@ -10,9 +10,9 @@ and may return void rows after the P-th.
 
 loop    tiles of rows one after the other; only tiles that exist cost anything. For CPUs.
         `outer` takes the first tile of all experts at once, unless half of them are idle.
-native  `loop`, but that gradients of matrices come from the winning latents alone, by kernels of
-        our own (`native.py`), and that rows are gathered once for decoding and the gradient of
-        its values. Best on CPUs.
+native  kernels of our own (`native.py`): `dot` without padding, gradients of matrices from the
+        winning latents alone, rows gathered once for decoding and the gradient of its values. The
+        rest, and `dot` by transposed matrices or in bfloat16, as in `loop`. Best on CPUs.
 triton  kernels of our own (`triton.py`). Best on GPUs.
 ragged  `jax.lax.ragged_dot`, and `outer` as in loop. For TPUs. On CPUs, and on GPUs by default, a
         ragged product lowers to work for all experts; on TPUs too where it sums over the runs.
@@ -95,6 +95,14 @@ def _loop_dot(
 
     out = jnp.zeros((pairs + size, w.shape[1 if transposed else 2]), jnp.float32)
     return jax.lax.fori_loop(0, tiles.used, body, out)
+
+
+def _native_dot(
+    rows: Rows, w: Float[Array, "N X Y"], groups: Groups, transposed: bool, shards: int = 1
+) -> Float[Array, "P B"]:
+    if transposed or w.dtype != jnp.float32:
+        return _loop_dot(rows, w, groups, transposed, shards)
+    return native.grouped_dot(rows.array, rows.index, w, groups.sizes)
 
 
 def _loop_outer(left: Rows, right: Rows, groups: Groups, shards: int = 1) -> Float[Array, "N A B"]:
@@ -218,6 +226,7 @@ KERNELS = {
 }
 if native.library:
     KERNELS["native"] = KERNELS["loop"]._replace(
+        dot=_native_dot,
         scatter=native.scatter,
         scatter_columns=native.scatter_columns,
         fused=native.sum_and_dots,

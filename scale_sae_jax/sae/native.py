@@ -1,5 +1,6 @@
-"""CPU kernels of our own (`native.cc`), for decoding and for the gradients of matrices.
+"""CPU kernels of our own (`cpp/`), for products, decoding and the gradients of matrices.
 
+    grouped_dot       `Kernel.dot`: runs of any length, without padding, each matrix read once
     sum_and_dots      `Kernel.sum_and_dots`: a token's rows are still in the cache for the second
     scatter           the sum of `gathered.py`
     scatter_columns   the same, into the columns of experts' encoders
@@ -24,7 +25,12 @@ from jaxtyping import Array, Float, Int
 
 from scale_sae_jax.sae.gathered import wide
 
-HANDLERS = ("scale_sae_sum_and_dots", "scale_sae_scatter", "scale_sae_scatter_columns")
+HANDLERS = (
+    "scale_sae_grouped_dot",
+    "scale_sae_sum_and_dots",
+    "scale_sae_scatter",
+    "scale_sae_scatter_columns",
+)
 
 
 def _load(folder: Path) -> ctypes.CDLL | None:
@@ -44,6 +50,22 @@ def _load(folder: Path) -> ctypes.CDLL | None:
 
 
 library = _load(Path(__file__).parent)
+
+
+def grouped_dot(
+    x: Float[Array, "R A"],
+    index: Int[Array, " P"],
+    w: Float[Array, "N A B"],
+    sizes: Int[Array, " N"],
+) -> Float[Array, "P B"]:
+    """Row p is x[index[p]] times the matrix of its expert; 0 beyond the last expert's run.
+
+    Args:
+      sizes: rows of each expert, in the order of the experts.
+    """
+    shapes = [(index.size, w.shape[2])]
+    (products,) = _call("scale_sae_grouped_dot", shapes, x, index, w, sizes)
+    return products
 
 
 def sum_and_dots(

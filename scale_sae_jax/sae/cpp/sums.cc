@@ -1,25 +1,15 @@
-// CPU kernels, compiled at installation where there is a C++ compiler: decoding, and the gradients
-// of matrices from those latents alone that tokens use. `native.py` calls them, through XLA's
-// foreign function interface.
+// Sums of rows: decoding, and the gradients of matrices from those latents alone that tokens use.
+// `native.py` calls them.
 //
 //   T tokens with K slots each, D columns, L rows; N experts with M latents each
 //
 // Numbers are float32. Each sum is made on one thread, in one order.
 
-#include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <cstdint>
-#include <memory>
-#include <mutex>
 #include <vector>
 
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
+#include "threads.h"
 
-#include "xla/ffi/api/ffi.h"
-
+namespace scale_sae {
 namespace {
 
 namespace ffi = xla::ffi;
@@ -28,45 +18,12 @@ using Ids = ffi::Buffer<ffi::S32, 2>;
 using Matrices = ffi::Buffer<ffi::F32, 3>;
 using ffi::ThreadPool;
 
-#define INLINE __attribute__((always_inline))
-// Compiled for several processors; the best for this one is taken as the library is loaded.
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define VECTORISED
-#endif
-
-// ---- Columns, many at once ----
-
-typedef float Lane __attribute__((vector_size(64)));
-typedef float InMemory __attribute__((vector_size(64), aligned(4), may_alias));
-
-INLINE inline void load(const float* from, Lane& to) {
-  to = *reinterpret_cast<const InMemory*>(from);
-}
-INLINE inline void load(const float* from, float& to) { to = *from; }
-INLINE inline void store(const Lane& from, float* to) { *reinterpret_cast<InMemory*>(to) = from; }
-INLINE inline void store(float from, float* to) { *to = from; }
-
-// COUNT vectors of columns, whose sums stay in registers.
-template <class V, int COUNT>
-struct Part {
-  using Vector = V;
-  static constexpr int count = COUNT;
-  static constexpr int64_t step = sizeof(V) / sizeof(float);
-  static constexpr int64_t columns = COUNT * step;
-};
-using Wide = Part<Lane, 8>;
-using Narrow = Part<Lane, 1>;
-using One = Part<float, 1>;
-
-// work(part, its first column), for parts that make up all columns.
-template <class Work>
-INLINE inline void over_columns(int64_t columns, const Work& work) {
-  int64_t at = 0;
-  for (; at + Wide::columns <= columns; at += Wide::columns) work(Wide(), at);
-  for (; at + Narrow::columns <= columns; at += Narrow::columns) work(Narrow(), at);
-  for (; at < columns; at++) work(One(), at);
+// The part of a row whose sums stay in registers.
+template <class V>
+using Widest = Part<V, 8>;
+template <class V, class Work>
+INLINE inline void over_parts(int64_t width, const Work& work) {
+  over_columns<Widest<V>, Part<V, 1>, Part<float, 1>>(width, work);
 }
 
 // out = start + sum_i values[i] * row(i), in the columns of a part.
@@ -85,104 +42,41 @@ INLINE inline void add_rows(P, const float* start, int64_t terms, const float* v
   for (int j = 0; j < P::count; j++) store(total[j], out + j * P::step);
 }
 
+template <class V>
 INLINE inline float dot(const float* a, const float* b, int64_t columns) {
-  Lane total[4] = {}, left, right;
+  using Part = Part<V, 4>;
+  V total[4] = {}, left, right;
   int64_t at = 0;
-  for (; at + 4 * Narrow::columns <= columns; at += 4 * Narrow::columns)
+  for (; at + Part::columns <= columns; at += Part::columns)
     for (int j = 0; j < 4; j++) {
-      load(a + at + j * Narrow::columns, left);
-      load(b + at + j * Narrow::columns, right);
+      load(a + at + j * Part::step, left);
+      load(b + at + j * Part::step, right);
       total[j] += left * right;
     }
-  const Lane all = (total[0] + total[1]) + (total[2] + total[3]);
+  const V all = (total[0] + total[1]) + (total[2] + total[3]);
   float sum = 0;
-  for (int j = 0; j < Narrow::columns; j++) sum += all[j];
+  for (int j = 0; j < Part::step; j++) sum += all[j];
   for (; at < columns; at++) sum += a[at] * b[at];
   return sum;
-}
-
-// ---- Memory ----
-
-// Whether so many are more than a last-level cache holds, for most processors.
-bool exceeds_cache(size_t floats) { return floats >= size_t{8} << 20; }
-
-// What goes through the cache is read there before it is written; what goes past it is not.
-INLINE inline void write(const float* from, int64_t count, [[maybe_unused]] bool past_cache,
-                         float* to) {
-#if defined(__SSE__)
-  if (past_cache && (reinterpret_cast<uintptr_t>(to) | count * sizeof(float)) % 16 == 0) {
-    for (int64_t i = 0; i < count; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
-    return;
-  }
-#endif
-  std::copy_n(from, count, to);
-}
-
-// What this thread wrote past the cache comes before all it writes from now on.
-inline void finish_writing() {
-#if defined(__SSE__)
-  _mm_sfence();
-#endif
-}
-
-INLINE inline void prefetch(const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += Narrow::columns) __builtin_prefetch(from + i, 0, 2);
-}
-
-// ---- Threads ----
-
-struct Crew {
-  std::mutex mutex;
-  std::condition_variable idle;
-  int64_t busy = 0;
-  bool closed = false;
-};
-
-// work(begin, end) on parts of [0, count) that are `grain` long, on this thread and those of XLA's
-// pool. It waits for threads at work alone: one that would start now may be waiting for another
-// such call.
-template <class Work>
-void in_parallel(ThreadPool& pool, int64_t count, int64_t grain, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const auto take_parts = [&] {
-    for (int64_t begin; (begin = next.fetch_add(grain)) < count;)
-      work(begin, std::min(begin + grain, count));
-    finish_writing();
-  };
-  const auto crew = std::make_shared<Crew>();
-  const int64_t others = std::min(pool.num_threads(), (count + grain - 1) / grain) - 1;
-  for (int64_t i = 0; i < others; i++)
-    pool.Schedule([crew, &take_parts] {
-      std::unique_lock<std::mutex> lock(crew->mutex);
-      if (crew->closed) return;
-      crew->busy++;
-      lock.unlock();
-      take_parts();
-      lock.lock();
-      if (--crew->busy == 0) crew->idle.notify_one();
-    });
-  take_parts();
-  std::unique_lock<std::mutex> lock(crew->mutex);
-  crew->closed = true;
-  crew->idle.wait(lock, [&] { return crew->busy == 0; });
 }
 
 // ---- Sums over the rows that a token uses; an id beyond them is that of the last ----
 
 // Rows of the ids `ahead`, if given, are on their way into the cache when it returns.
-VECTORISED void sum_and_dots_of_token(const float* start, const float* values, const int32_t* ids,
-                                      const int32_t* ahead, int64_t slots, const float* rows,
-                                      int64_t latents, int64_t width, float* sum, float* dots) {
-  const auto row = [&](const int32_t* id) INLINE {
-    return rows + std::clamp<int64_t>(*id, 0, latents - 1) * width;
-  };
-  over_columns(width, [&](auto part, int64_t at) INLINE {
+template <class V>
+INLINE inline void sum_and_dots_of_token(const float* start, const float* values,
+                                         const int32_t* ids, const int32_t* ahead, int64_t slots,
+                                         const float* rows, int64_t latents, int64_t width,
+                                         float* sum, float* dots) {
+  const auto row = [&](const int32_t* id)
+                       INLINE { return rows + std::clamp<int64_t>(*id, 0, latents - 1) * width; };
+  over_parts<V>(width, [&](auto part, int64_t at) INLINE {
     const auto row_at = [&](int64_t k) INLINE { return row(ids + k) + at; };
     add_rows(part, start + at, slots, values, row_at, sum + at);
   });
   for (int64_t k = 0; k < slots; k++) {
     if (ahead) prefetch(row(ahead + k), width);
-    dots[k] = dot(sum, row(ids + k), width);
+    dots[k] = dot<V>(sum, row(ids + k), width);
   }
 }
 
@@ -192,13 +86,14 @@ ffi::Error sum_and_dots(ThreadPool pool, Floats start, Floats values, Ids ids, F
   const int64_t tokens = ids.dimensions()[0], slots = ids.dimensions()[1];
   const int64_t latents = rows.dimensions()[0], width = rows.dimensions()[1];
   const bool far = exceeds_cache(rows.element_count());
-  in_parallel(pool, tokens, 16, [&](int64_t begin, int64_t end) {
+  in_parallel(pool, tokens, 16, [&](auto wide, int64_t begin, int64_t end) INLINE {
+    using V = typename decltype(wide)::Vector;
     for (int64_t t = begin; t < end; t++) {
       const int32_t* now = ids.typed_data() + t * slots;
       const int32_t* ahead = far && t + 1 < end ? now + slots : nullptr;
-      sum_and_dots_of_token(start.typed_data() + t * width, values.typed_data() + t * slots, now,
-                            ahead, slots, rows.typed_data(), latents, width,
-                            sum->typed_data() + t * width, dots->typed_data() + t * slots);
+      sum_and_dots_of_token<V>(start.typed_data() + t * width, values.typed_data() + t * slots, now,
+                               ahead, slots, rows.typed_data(), latents, width,
+                               sum->typed_data() + t * width, dots->typed_data() + t * slots);
     }
   });
   return ffi::Error::Success();
@@ -243,9 +138,10 @@ INLINE inline void add_run(P part, const float* start, const Runs& runs, int64_t
   add_rows(part, start, runs.start[l + 1] - first, runs.values.data() + first, row, out);
 }
 
-VECTORISED void sum_of_row(const Runs& runs, int64_t l, const float* zeros, const float* grad,
-                           int64_t width, bool past_cache, float* out) {
-  over_columns(width, [&](auto part, int64_t at) INLINE {
+template <class V>
+INLINE inline void sum_of_row(const Runs& runs, int64_t l, const float* zeros, const float* grad,
+                              int64_t width, bool past_cache, float* out) {
+  over_parts<V>(width, [&](auto part, int64_t at) INLINE {
     constexpr int64_t columns = decltype(part)::columns;
     alignas(64) float sum[columns];
     add_run(part, zeros, runs, l, grad + at, width, sum);
@@ -257,12 +153,13 @@ VECTORISED void sum_of_row(const Runs& runs, int64_t l, const float* zeros, cons
 ffi::Error scatter(ThreadPool pool, Floats values, Ids ids, Floats grad, ffi::Result<Floats> out) {
   const int64_t latents = out->dimensions()[0], width = out->dimensions()[1];
   const Runs runs = by_row(values, ids, latents);
-  const std::vector<float> zeros(Wide::columns);
   const bool past_cache = exceeds_cache(out->element_count());
-  in_parallel(pool, latents, 64, [&](int64_t begin, int64_t end) {
+  in_parallel(pool, latents, 64, [&](auto wide, int64_t begin, int64_t end) INLINE {
+    using V = typename decltype(wide)::Vector;
+    const float zeros[Widest<V>::columns] = {};
     for (int64_t l = begin; l < end; l++)
-      sum_of_row(runs, l, zeros.data(), grad.typed_data(), width, past_cache,
-                 out->typed_data() + l * width);
+      sum_of_row<V>(runs, l, zeros, grad.typed_data(), width, past_cache,
+                    out->typed_data() + l * width);
   });
   return ffi::Error::Success();
 }
@@ -271,10 +168,11 @@ ffi::Error scatter(ThreadPool pool, Floats values, Ids ids, Floats grad, ffi::Re
 constexpr int64_t BLOCK = 32;
 
 // start [D] -> out [D, M], of whose columns `count` belong to the latents from `first` on.
-VECTORISED void sums_of_columns(const float* start, const Runs& runs, int64_t first, int64_t count,
-                                const float* x, int64_t width, int64_t latents, bool past_cache,
-                                float* out) {
-  over_columns(width, [&](auto part, int64_t at) INLINE {
+template <class V>
+INLINE inline void sums_of_columns(const float* start, const Runs& runs, int64_t first,
+                                   int64_t count, const float* x, int64_t width, int64_t latents,
+                                   bool past_cache, float* out) {
+  over_parts<V>(width, [&](auto part, int64_t at) INLINE {
     constexpr int64_t columns = decltype(part)::columns;
     constexpr int64_t stride = columns + 16;  // powers of two would share a place in the cache
     alignas(64) float sums[BLOCK * stride], line[BLOCK];
@@ -295,12 +193,13 @@ ffi::Error scatter_columns(ThreadPool pool, Floats start, Floats values, Ids ids
   const int64_t latents = out->dimensions()[2], blocks = (latents + BLOCK - 1) / BLOCK;
   const Runs runs = by_row(values, ids, experts * latents);
   const bool past_cache = exceeds_cache(out->element_count());
-  in_parallel(pool, experts * blocks, 2, [&](int64_t begin, int64_t end) {
+  in_parallel(pool, experts * blocks, 2, [&](auto wide, int64_t begin, int64_t end) INLINE {
+    using V = typename decltype(wide)::Vector;
     for (int64_t i = begin; i < end; i++) {
       const int64_t n = i / blocks, m = i % blocks * BLOCK;
-      sums_of_columns(start.typed_data() + n * width, runs, n * latents + m,
-                      std::min(BLOCK, latents - m), x.typed_data(), width, latents, past_cache,
-                      out->typed_data() + n * width * latents + m);
+      sums_of_columns<V>(start.typed_data() + n * width, runs, n * latents + m,
+                         std::min(BLOCK, latents - m), x.typed_data(), width, latents, past_cache,
+                         out->typed_data() + n * width * latents + m);
     }
   });
   return ffi::Error::Success();
@@ -310,7 +209,7 @@ ffi::Error scatter_columns(ThreadPool pool, Floats start, Floats values, Ids ids
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scale_sae_sum_and_dots, sum_and_dots,
                               ffi::Ffi::Bind()
-                                  .Ctx<ThreadPool>()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Ids>()
@@ -319,12 +218,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(scale_sae_sum_and_dots, sum_and_dots,
                                   .Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     scale_sae_scatter, scatter,
-    ffi::Ffi::Bind().Ctx<ThreadPool>().Arg<Floats>().Arg<Ids>().Arg<Floats>().Ret<Floats>());
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Ids>().Arg<Floats>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scale_sae_scatter_columns, scatter_columns,
                               ffi::Ffi::Bind()
-                                  .Ctx<ThreadPool>()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Ids>()
                                   .Arg<Floats>()
                                   .Ret<Matrices>());
+
+}  // namespace scale_sae
