@@ -1,11 +1,16 @@
 """CPU kernels in C++: against NumPy where their blocks end, at once, on one thread, and without."""
 
+import ctypes
+import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import jax
+import jaxlib
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +22,7 @@ from scale_sae_jax.sae import kernels, native
 compiled = pytest.mark.skipif(not native.library, reason="no C++ compiler at installation")
 scatter_columns = jax.jit(native.scatter_columns, static_argnums=4)
 scatter = jax.jit(native.scatter, static_argnums=3)
+grouped_dot = jax.jit(native.grouped_dot)
 sum_and_dots = jax.jit(native.sum_and_dots)
 
 
@@ -38,6 +44,24 @@ def by_numpy(start, values, ids, x, size):
     terms = values[..., None] * x[:, None].astype(float)
     np.add.at(rows, ids[inside], terms[inside])
     return start[:, None] + rows.reshape(len(start), size, -1), rows
+
+
+def products_setting(sizes, inner, width, spare=0, seed=0):
+    """x [R, A], index [P], w [N, A, B], sizes [N], with so many pairs beyond all runs."""
+    rng = np.random.default_rng(seed)
+    x, w = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((7, inner), (len(sizes), inner, width))
+    )
+    index = rng.integers(-1, 8, sum(sizes) + spare).astype(np.int32)  # some lie beyond x
+    return x, index, w, np.array(sizes, np.int32)
+
+
+def products_by_numpy(x, index, w, sizes):
+    expert = np.repeat(np.arange(len(sizes)), sizes)
+    rows = x[np.clip(index[: len(expert)], 0, len(x) - 1)].astype(float)
+    spare = np.zeros((len(index) - len(expert), w.shape[2]))
+    return np.concatenate([np.einsum("pa,pab->pb", rows, w[expert]), spare])
 
 
 def assert_sums_and_dots(start, values, ids, rows):
@@ -80,6 +104,67 @@ def test_a_sum_and_its_dots_with_the_same_rows(tokens, slots, width):
     _, values, ids, start = setting(tokens, slots, width, experts=3, size=3)
     rows = np.random.default_rng(1).standard_normal((9, width)).astype(np.float32)
     assert_sums_and_dots(start, values, ids, rows)
+
+
+@compiled
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.sampled_from((0, 1, 2, 3, 5, 6, 7, 13, 95, 96, 97, 200)), max_size=4),
+    inner=st.sampled_from((1, 127, 128, 129, 256, 300, 513)),
+    width=st.sampled_from((1, 3, 8, 15, 16, 17, 31, 32, 33, 70)),
+    spare=st.integers(0, 3),
+)
+def test_products_of_any_size(sizes, inner, width, spare):
+    """Tiles of 6, 4, 2 and 1 rows, runs of 96, packed blocks, and what is left over."""
+    setting = products_setting([*sizes, 1], inner, width, spare)
+    expected = products_by_numpy(*setting)
+    np.testing.assert_allclose(grouped_dot(*setting), expected, rtol=1e-5, atol=1e-4)
+
+
+@compiled
+def test_products_whose_sizes_are_wrong_stay_inside_their_arrays():
+    x, index, w, _ = products_setting([3, 2], 5, 4)
+    many, negative = np.array([4, 90], np.int32), np.array([-3, 5], np.int32)
+    for sizes, meant in ((many, [4, 1]), (negative, [0, 5])):
+        expected = products_by_numpy(x, index, w, meant)
+        np.testing.assert_allclose(grouped_dot(x, index, w, sizes), expected, rtol=1e-5, atol=1e-5)
+
+
+@compiled
+def test_a_nan_reaches_only_the_products_of_its_row():
+    x, index, w, sizes = products_setting([9, 20], 40, 33)
+    x[3] = np.nan
+    found = np.isnan(grouped_dot(x, index, w, sizes))
+    np.testing.assert_array_equal(found, np.tile((index == 3)[:, None], 33))
+
+
+@compiled
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+@pytest.mark.parametrize("most", (16, 32))
+def test_narrower_vectors(most, tmp_path):
+    """What processors without AVX-512 run, and without AVX2."""
+    sources = sorted((Path(native.__file__).parent / "cpp").glob("*.cc"))
+    headers = Path(jaxlib.__file__).parent / "include"
+    command = ["c++", "-O1", "-std=c++17", "-fPIC", "-shared", f"-DMOST_BYTES={most}"]
+    output = tmp_path / "narrow.so"
+    subprocess.run([*command, "-isystem", headers, *sources, "-o", output], check=True)
+    library = ctypes.CDLL(os.fspath(output))
+    for name in native.HANDLERS:
+        narrow = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(f"{name}_{most}", narrow, platform="cpu")
+
+    def compare(name, shapes, *arrays):
+        results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+        calls = [jax.ffi.ffi_call(each, results)(*arrays) for each in (f"{name}_{most}", name)]
+        for narrow, wide in zip(*calls, strict=True):
+            np.testing.assert_allclose(narrow, wide, rtol=1e-5, atol=1e-4)
+
+    start, values, ids, x = setting(tokens=40, slots=5, width=300, experts=3, size=33)
+    products = products_setting([100, 0, 17], 300, 70, spare=3)
+    compare("scale_sae_grouped_dot", [(120, 70)], *products)
+    compare("scale_sae_sum_and_dots", [x.shape, ids.shape], x, values, ids, start)
+    compare("scale_sae_scatter", [(99, 300)], values, ids, x)
+    compare("scale_sae_scatter_columns", [(3, 300, 33)], start, values, ids, x)
 
 
 @compiled

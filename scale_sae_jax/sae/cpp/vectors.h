@@ -31,12 +31,17 @@ __attribute__((target("avx2,fma"))) void with_avx2(const Work& work) {
 }
 #endif
 
+#ifndef MOST_BYTES  // of a vector
+#define MOST_BYTES 64
+#endif
+
 // work(Wide<...>()), compiled for this processor; `work` is INLINE, and all that it calls.
 template <class Work>
 void vectorised(const Work& work) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return with_avx512(work);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return with_avx2(work);
+  if (MOST_BYTES >= 64 && __builtin_cpu_supports("avx512f")) return with_avx512(work);
+  if (MOST_BYTES >= 32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return with_avx2(work);
 #endif
   work(Wide<16>());
 }
