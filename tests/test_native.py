@@ -173,7 +173,7 @@ def test_larger_than_caches(size, width):
     """Results that are written past the cache, if their rows are whole vectors of 4; else not."""
     experts = 31
     start, values, ids, x = setting(60, 5, width, experts, size)
-    assert experts * size * width >= 8 << 20  # as in native.cc
+    assert experts * size * width >= 8 << 20  # as in vectors.h
     columns, rows = by_numpy(start, values, ids, x, size)
     ours = scatter_columns(start, values, ids, x, size)
     np.testing.assert_allclose(ours.swapaxes(1, 2), columns, rtol=1e-5, atol=1e-4)
